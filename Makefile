@@ -1,0 +1,31 @@
+# make train [TASK=hover] [STEPS=…] [MODEL=dir] [DATA=dir] [OUT=runs/…] [ARGS="--beta 0.01 …"]
+TASK ?= hover
+PY := .venv/bin/python
+option = $(if $($(1)),--$(2) $($(1)))
+
+.PHONY: train eval show pretrain test clean
+
+# Train the task's program with mmGRPO; everything the run leaves is in runs/TASK.
+train: .venv/ready
+	$(PY) mmgrpo.py train --task $(TASK) $(call option,STEPS,steps) $(call option,MODEL,model) $(call option,DATA,data) \
+	  $(call option,OUT,out) $(ARGS)
+
+# Score a checkpoint (MODEL=runs/hover/last) on a split (ARGS="--split test").
+eval show: .venv/ready
+	$(PY) mmgrpo.py $@ --task $(TASK) $(call option,MODEL,model) $(call option,DATA,data) $(ARGS)
+
+# Rebuild the tiny LM in tasks/tiny from nothing (about 40 minutes on two cores).
+pretrain: .venv/ready
+	$(PY) tasks/pretrain.py $(ARGS)
+
+test: .venv/ready
+	$(PY) -m pytest $(ARGS)
+
+# The virtual environment, made anew when the dependencies change.
+.venv/ready: pyproject.toml
+	python3 -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

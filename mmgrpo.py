@@ -1,0 +1,803 @@
+"""mmGRPO (arXiv 2508.04660) in one file: sample, group, compare, weigh, update.
+
+An LM program calls one language model through several modules. For each example it is run R times; the k-th calls of
+module m over those runs form a group; each call's advantage is its run's reward relative to its group; the weights
+follow the clipped policy gradient of the sampled tokens.
+
+    python mmgrpo.py train --task hover            # or: make train
+    python mmgrpo.py eval --task hover --model runs/hover/last
+    python mmgrpo.py show --task hover             # one run on one example, as a readable trace
+    python mmgrpo.py group trajectories.json       # the groups and advantages of trajectories made elsewhere
+
+Left out on purpose: other policy-gradient methods, reward models, more than one machine.
+Map, in the order the data flows: Config; Sampler; group_calls, advantages; token_logprobs, policy_loss; pack, update;
+evaluate, train; the command line. Programs and trajectories are in program.py, the transformer in model.py.
+Letters: N loss-bearing tokens, S slots; the others as in model.py.
+"""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import json
+import math
+import random
+import sys
+import time
+from collections import Counter, defaultdict, deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from model import CheckpointError, KVCache, Tokenizer, Transformer, load_pretrained, save_pretrained
+from program import (STATUSES, Call, Completion, DataError, ProgramError, PromptError, Task, Trajectory, run_programs,
+                     show, statuses)
+
+
+class ConfigError(ValueError):
+    """An option or an input file that cannot be used; the message names it."""
+
+
+# ------------------------------------------------------------------------------------------------- configuration
+
+@dataclass(frozen=True)
+class Config:
+    """Every option; each field is a flag of the command line (`--short-groups fill`) and is saved with the run.
+
+    A task may come with defaults of its own for some of these. The paper's: --examples 4 --rollouts 12 --steps 750
+    --lr 1e-5 --beta 0.01 --clip-norm 0.1 --temperature 0.6 --short-groups fill.
+    """
+    task: str = "hover"             # hover, banking77, papillon, or a Python file with a function load(data)
+    model: str = "tasks/tiny"       # checkpoint folder in Hugging Face layout
+    data: str = ""                  # folder with the task's real data; empty: the miniature edition
+    prompts: str = ""               # JSON with instructions and demos, as Program.save writes it
+    out: str = ""                   # folder of the run; empty: runs/<task>
+    seed: int = 0                   # everything random follows from it
+    device: str = ""                # cpu or cuda; empty: cuda where there is one
+    # rollouts
+    examples: int = 8               # B, training examples a step
+    rollouts: int = 8               # R, runs of the program per example
+    temperature: float = 1.0        # of sampling, and of the distribution trained
+    max_tokens: int = 128           # sampled tokens per LM call at the most
+    max_calls: int = 32             # LM calls per run at the most
+    slots: int = 64                 # sequences that decode together
+    failure_score: float = 0.0      # score of a run that did not complete
+    format_failure_score: float = -1.0      # reward of a run whose completion had no readable field
+    interrupt: float = 0.0          # share of training runs cut short at a random call, to see what that does
+    top_k: int = 0                  # evaluation only: sample among the k most likely tokens (0: all)
+    top_p: float = 1.0              # evaluation only: sample among the most likely tokens of this total probability
+    # groups and advantages
+    level: str = "call"             # call: groups of (example, module, invocation); trajectory: one group an example
+    short_groups: str = "keep"      # where runs differ in length: keep, truncate or fill (DSPy's PadGroups)
+    group_size: int = 0             # keep this many members a group, evenly spaced by reward (0: all)
+    baseline: str = "group"         # mean reward of the group, or of the example's runs
+    leave_one_out: bool = False     # leave a member's own reward out of its baseline
+    scale_rewards: str = "std"      # divide advantages by the standard deviation of the rewards, or none
+    # loss
+    normalize: str = "sequence"     # mean over each call's tokens; over all tokens of the step: token; or constant
+    clip_low: float = 0.2           # the ratio is clipped to 1 - clip_low …
+    clip_high: float = 0.2          # … and 1 + clip_high
+    beta: float = 0.0               # weight of the KL divergence from the starting weights
+    # optimizer
+    steps: int = 20                 # optimizer steps are steps × inner_epochs
+    inner_epochs: int = 1           # updates on the same rollouts
+    lr: float = 5e-4                # of AdamW
+    warmup: int = 5                 # steps of linear warm-up
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0          # the gradient's norm is clipped to this
+    batch_tokens: int = 8192        # tokens per micro-batch, padding included
+    # evaluation
+    eval_every: int = 10            # steps between dev evaluations; before and after are always measured
+    eval_examples: int = 100        # dev (or test) examples used (0: all)
+    split: str = "dev"              # of `eval` and `show`: train, dev or test
+    index: int = 0                  # of `show`: which example
+
+    def __post_init__(self):
+        choices = {"level": ("call", "trajectory"), "short_groups": ("keep", "truncate", "fill"),
+                   "baseline": ("group", "example"), "scale_rewards": ("std", "none"),
+                   "normalize": ("sequence", "token", "constant"), "split": ("train", "dev", "test")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"--{name.replace('_', '-')}: {getattr(self, name)!r} is none of {', '.join(allowed)}")
+        least = dict.fromkeys(("examples", "rollouts", "max_tokens", "max_calls", "slots", "inner_epochs", "batch_tokens",
+                               "eval_every"), 1) | dict.fromkeys(
+            ("steps", "warmup", "temperature", "top_k", "top_p", "group_size", "clip_low", "clip_high", "beta", "lr",
+             "weight_decay", "clip_norm", "eval_examples", "interrupt", "index"), 0)
+        for name, low in least.items():
+            if not low <= getattr(self, name) < math.inf:
+                raise ConfigError(f"--{name.replace('_', '-')}: {getattr(self, name)} is not at least {low}")
+
+
+# ------------------------------------------------------------------------------------------------------- sampler
+
+def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0):
+    """logits (S, V), uniform (S,) in [0, 1) -> one token a row and its exact log-prob under the distribution sampled.
+
+    Inverse CDF: the first token whose cumulative probability exceeds uniform x total, so a token of probability 0 is
+    never drawn. Temperature 0 takes the most likely token, with log-prob 0.
+    """
+    if temperature == 0:
+        token = logits.argmax(-1)
+        return token, torch.zeros(token.shape, device=logits.device)
+    logp = F.log_softmax(logits.float() / temperature, dim=-1)
+    if top_k or top_p < 1:
+        value, order = logp.sort(-1, descending=True)
+        outside = (value.exp().cumsum(-1) - value.exp() >= top_p) | (torch.arange(logp.shape[1], device=logp.device)
+                                                                     >= (top_k or logp.shape[1]))
+        outside[:, 0] = False
+        logp = F.log_softmax(logp.masked_fill(outside.scatter(1, order, outside), -math.inf), dim=-1)
+    cdf = logp.double().exp().cumsum(-1)
+    token = torch.searchsorted(cdf, uniform.double()[:, None] * cdf[:, -1:], right=True)
+    return token[:, 0], logp.gather(1, token)[:, 0]
+
+
+@dataclass
+class _Sequence:
+    ticket: int
+    prompt: list[int]
+    limit: int                      # tokens that may be sampled
+    uniforms: np.ndarray            # [limit] in [0, 1)
+
+
+class Sampler:
+    """Continuous batching over S slots of a KV cache: waiting -> live -> finished.
+
+    Live sequences are in slots 0..n-1. Each `advance` refills free slots from the waiting prompts (one prefill for
+    equal ones), then decodes one token for every live sequence; a finished one's slot is taken by the last. Token t of
+    a request is drawn with the t-th number of a Philox stream seeded by the request's key, so its batch-mates do not
+    matter. Nothing is cached beyond the live sequences, so nothing survives an update of the weights.
+    """
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, slots: int = 64, max_tokens: int = 128,
+                 temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, prefill_tokens: int = 8192):
+        self.model, self.tokenizer, self.max_tokens, self.slots = model, tokenizer, max_tokens, slots
+        self.draw = lambda logits, u: sample_tokens(logits, u, temperature, top_k, top_p)
+        self.prefill_tokens = prefill_tokens
+        self.device, self.context = model.head.device, model.config.max_positions
+        self.waiting: deque[_Sequence] = deque()
+        self.live: list[_Sequence] = []
+        self.unfit: list[_Sequence] = []
+        self.tickets = self.seconds = 0
+        self.cache = KVCache(model.config, slots, 0)
+        new = lambda dtype, *shape: torch.zeros(slots, *shape, dtype=dtype, device=self.device)
+        self.tokens, self.logprobs = new(torch.long, max_tokens), new(torch.float, max_tokens)
+        self.uniforms = new(torch.double, max_tokens)
+        self.count, self.limit = new(torch.long), new(torch.long)      # tokens sampled, and how many may be
+        self.ends = torch.zeros(tokenizer.size, dtype=torch.bool, device=self.device)
+        self.ends[list(tokenizer.end_ids)] = True
+
+    def submit(self, messages: list[dict], key: tuple) -> int:
+        prompt = self.tokenizer.encode_chat(messages)
+        limit = min(self.max_tokens, self.context - len(prompt))
+        seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=16).digest(), "little")
+        uniforms = np.random.Generator(np.random.Philox(key=seed)).random(max(limit, 0))
+        self.tickets += 1
+        (self.waiting if limit > 0 else self.unfit).append(_Sequence(self.tickets, prompt, limit, uniforms))
+        return self.tickets
+
+    @torch.no_grad()
+    def advance(self) -> list[tuple[int, Completion]]:
+        began = time.perf_counter()
+        done = [(s.ticket, Completion(s.prompt, [], [], "length")) for s in self.unfit]
+        self.unfit.clear()
+        if self.waiting and len(self.live) < self.slots:
+            done += self._admit()
+        if self.live:
+            done += self._decode()
+        self.seconds += time.perf_counter() - began
+        return done
+
+    def _admit(self) -> list[tuple[int, Completion]]:
+        """Prefill waiting prompts into the free slots, and sample the first token of each."""
+        fresh = range(len(self.live), min(self.slots, len(self.live) + len(self.waiting)))
+        self.live += [self.waiting.popleft() for _ in fresh]
+        self._reserve(max(len(self.live[i].prompt) + self.live[i].limit for i in fresh))
+        same = defaultdict(list)                                       # prompt -> slots that ask for it
+        for i in fresh:
+            s = self.live[i]
+            same[tuple(s.prompt)].append(i)
+            self.uniforms[i, :s.limit] = torch.from_numpy(s.uniforms)
+            self.count[i], self.limit[i], self.cache.lengths[i] = 0, s.limit, len(s.prompt)
+        prompts = sorted(same, key=len)
+        while prompts:
+            width = len(prompts[-1])
+            batch = [prompts.pop() for _ in range(max(1, min(len(prompts), self.prefill_tokens // width)))]
+            ids = torch.tensor([[*p, *[0] * (width - len(p))] for p in batch], device=self.device)
+            slots = torch.tensor([i for p in batch for i in same[p]], device=self.device)
+            rows = torch.tensor([r for r, p in enumerate(batch) for _ in same[p]], device=self.device)
+            hidden = self.model(ids, attend=self.cache.prefill(slots, rows))
+            self._append(hidden[rows, self.cache.lengths[slots] - 1], slots)
+        return self._collect()
+
+    def _reserve(self, size: int):
+        """Let the cache hold sequences of `size` tokens."""
+        old, size = self.cache, -(-size // 64) * 64
+        if old.kv.shape[4] < size:
+            self.cache = KVCache(self.model.config, self.slots, size, self.device, self.model.head.dtype)
+            self.cache.kv[:, :, :, :, :old.kv.shape[4]], self.cache.lengths[:] = old.kv, old.lengths
+
+    def _decode(self) -> list[tuple[int, Completion]]:
+        n = len(self.live)
+        slots = torch.arange(n, device=self.device)
+        last = self.tokens[slots, self.count[:n] - 1]
+        longest = int(self.cache.lengths[:n].max()) + 1
+        hidden = self.model(last[:, None], self.cache.lengths[:n, None], self.cache.decode(n, longest))
+        self.cache.lengths[:n] += 1
+        self._append(hidden[:, 0], slots)
+        return self._collect()
+
+    def _append(self, hidden: Tensor, slots: Tensor):
+        """Sample one token for each of `slots` from hidden (n, D); ids that the tokenizer lacks cannot be drawn."""
+        at = self.count[slots]
+        token, logprob = self.draw(F.linear(hidden, self.model.head[:self.tokenizer.size]), self.uniforms[slots, at])
+        self.tokens[slots, at], self.logprobs[slots, at], self.count[slots] = token, logprob, at + 1
+
+    def _collect(self) -> list[tuple[int, Completion]]:
+        """Take finished sequences out; the last live one moves into each gap."""
+        n = len(self.live)
+        ended = self.ends[self.tokens[torch.arange(n, device=self.device), self.count[:n] - 1]]
+        done = []
+        for i in (ended | (self.count[:n] >= self.limit[:n])).nonzero()[:, 0].tolist()[::-1]:
+            s, T, stop = self.live[i], int(self.count[i]), bool(ended[i])
+            ids = self.tokens[i, :T].tolist()
+            text = self.tokenizer.decode(ids[:-1] if stop else ids)
+            done.append((s.ticket, Completion(s.prompt, ids, self.logprobs[i, :T].tolist(), "stop" if stop else "length", text)))
+            last = self.live.pop()
+            if i < len(self.live):
+                self.live[i] = last
+                self.cache.move(len(self.live), i)
+                for x in (self.tokens, self.logprobs, self.uniforms, self.count, self.limit):
+                    x[i] = x[len(self.live)]
+        return done[::-1]
+
+
+# ------------------------------------------------------------------------------- groups and advantages (Eq. 1, 2)
+
+@dataclass(frozen=True)
+class Member:
+    """One run in a group: its place among the trajectories, and which of its calls are meant (one, or with
+    level="trajectory" all). Example: Member(trajectory=5, calls=(2,), reward=0.5)"""
+    trajectory: int
+    calls: tuple[int, ...]
+    reward: float
+
+
+@dataclass(frozen=True)
+class Group:
+    """The k-th calls of a module over the runs of one example. Example: Group(3, "append_notes", 1, (Member(…), …))"""
+    example: int | str
+    module: str                     # "" with level="trajectory"
+    invocation: int
+    members: tuple[Member, ...]
+
+
+def group_calls(trajectories: list[Trajectory], short_groups: str = "keep", group_size: int = 0, level: str = "call",
+                seed: int = 0) -> list[Group]:
+    """Group the calls of voting trajectories by (example, module, invocation), the paper's relative invocation.
+
+    Runs may be ragged. `keep`: the members are the runs that reached the call. `truncate`: only calls that every
+    voting run of the example reached. `fill`: a run with at least one call of the module is padded to the longest by
+    drawing among its own calls (App. A, PadGroups). `group_size` k keeps k members evenly spaced in the order of
+    reward (App. A, SelectKDiverseElements). level="trajectory" makes one group an example, of whole runs.
+    """
+    runs: dict = defaultdict(list)                          # example -> its voting runs
+    for i, t in enumerate(trajectories):
+        if t.votes:
+            runs[t.example].append(i)
+    groups = []
+    for example, indices in runs.items():
+        indices.sort(key=lambda i: trajectories[i].rollout)
+        if level == "trajectory":
+            places = {("", 0): {i: tuple(range(len(trajectories[i].calls))) for i in indices if trajectories[i].calls}}
+        else:
+            places = _places(trajectories, indices, short_groups, seed)
+        for (module, invocation), calls in places.items():
+            members = [Member(i, c, trajectories[i].reward) for i, c in calls.items()]
+            groups.append(Group(example, module, invocation, tuple(_diverse(members, group_size))))
+    return groups
+
+
+def _places(trajectories, indices, short_groups, seed) -> dict:
+    """(module, invocation) -> {run: the call it has there}, over the runs of one example."""
+    made = {i: defaultdict(list) for i in indices}          # run -> module -> its calls, in order
+    for i in indices:
+        for c, call in enumerate(trajectories[i].calls):
+            made[i][call.module].append(c)
+    places: dict = defaultdict(dict)
+    for module in sorted({m for calls in made.values() for m in calls}):
+        depth = max(len(made[i][module]) for i in indices)
+        for i in indices:
+            own = made[i][module]
+            if own and short_groups == "fill":
+                t = trajectories[i]
+                draw = random.Random(repr((seed, t.example, t.rollout, module)))
+                own = own + [draw.choice(own) for _ in range(depth - len(own))]
+            for k, c in enumerate(own):
+                places[module, k][i] = (c,)
+    return {key: p for key, p in places.items() if short_groups != "truncate" or len(p) == len(indices)}
+
+
+def _diverse(members: list[Member], k: int) -> list[Member]:
+    if not 0 < k < len(members):
+        return members
+    ranked = sorted(members, key=lambda m: m.reward)        # stable: ties stay in the order of rollouts
+    return [ranked[round(j * (len(members) - 1) / max(k - 1, 1))] for j in range(k)]
+
+
+def advantages(groups: list[Group], trajectories: list[Trajectory], baseline: str = "group", leave_one_out: bool = False,
+               scale_rewards: str = "std") -> list[list[float]]:
+    """A = (r - baseline) / (std + 1e-4) for each member of each group (Eq. 2).
+
+    The baseline is the mean reward of the group, or of all voting runs of its example; `leave_one_out` takes the
+    member's own reward out of it. The standard deviation (ddof 1) is that of the same rewards, the member's included.
+    Where those rewards are equal, or there is but one, every advantage is exactly 0.
+    """
+    runs: dict = defaultdict(list)
+    for t in trajectories:
+        if t.votes:
+            runs[t.example].append(t.reward)
+    result = []
+    for g in groups:
+        rewards = np.array([m.reward for m in g.members])
+        pool = rewards if baseline == "group" else np.array(runs[g.example])
+        if len(pool) < 2 or (pool == pool[0]).all():
+            result.append([0.0] * len(rewards))
+            continue
+        a = rewards - pool.mean()
+        if leave_one_out:
+            a = a * len(pool) / (len(pool) - 1)             # r - mean of the others
+        if scale_rewards == "std":
+            a = a / (pool.std(ddof=1) + 1e-4)
+        result.append(a.tolist())
+    return result
+
+
+# ---------------------------------------------------------------------------------------------- loss (Eq. 7, Eq. 9)
+
+@dataclass(frozen=True)
+class Row:
+    """A call in the loss: its completion, its advantage, and the weight of each of its tokens in the step's loss."""
+    module: str
+    completion: Completion
+    advantage: float
+    weight: float
+
+
+def weigh(groups: list[Group], advantages: list[list[float]], trajectories: list[Trajectory],
+          normalize: str = "sequence", constant: int = 1) -> list[Row]:
+    """Groups -> rows of the loss. The weights belong to the whole optimizer step, so no micro-batch split changes them.
+
+    `sequence` (Eq. 7): the mean over groups, over members, over the member's tokens; with level="trajectory" the
+    tokens are those of the whole run (Eq. 9). `token` (DAPO, arXiv 2503.14476): the mean over all tokens of the step.
+    `constant` (Dr. GRPO, arXiv 2503.20783): the sum over all tokens, divided by runs x `constant`.
+    """
+    tokens = lambda m: sum(len(trajectories[m.trajectory].calls[c].completion.token_ids) for c in m.calls)
+    total = sum(tokens(m) for g in groups for m in g.members)
+    runs = sum(t.votes for t in trajectories)
+    rows = []
+    for g, of_group in zip(groups, advantages):
+        for m, a in zip(g.members, of_group):
+            weight = {"sequence": 1 / (len(groups) * len(g.members) * max(tokens(m), 1)),
+                      "token": 1 / max(total, 1), "constant": 1 / (runs * constant)}[normalize]
+            for c in m.calls:
+                call = trajectories[m.trajectory].calls[c]
+                rows.append(Row(call.module, call.completion, a, weight))
+    return rows
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """log softmax(h W^T / T)[target], in chunks of rows: no tensor of N x V is ever held, forward or backward."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature):
+        rows = max(1, 2**22 // weight.shape[0])
+        lse, picked = [], []
+        for h, y in zip(hidden.split(rows), targets.split(rows)):
+            logits = F.linear(h, weight).float() / temperature                  # (rows, V)
+            lse.append(logits.logsumexp(-1))
+            picked.append(logits.gather(1, y[:, None])[:, 0])
+        lse = torch.cat(lse) if lse else hidden.new_empty(0, dtype=torch.float)
+        ctx.save_for_backward(hidden, weight, targets, lse)
+        ctx.temperature, ctx.rows = temperature, rows
+        return (torch.cat(picked) if picked else lse) - lse
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, targets, lse = ctx.saved_tensors
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros(weight.shape, dtype=torch.float, device=weight.device) if ctx.needs_input_grad[1] else None
+        for i in range(0, len(hidden), ctx.rows):
+            r = slice(i, i + ctx.rows)
+            g = grad[r, None] / ctx.temperature
+            d = -torch.exp(F.linear(hidden[r], weight).float() / ctx.temperature - lse[r, None]) * g   # (one-hot - softmax) g
+            d.scatter_add_(1, targets[r, None], g)
+            d_hidden[r] = d.to(weight.dtype) @ weight
+            if d_weight is not None:
+                d_weight += d.t() @ hidden[r].float()
+        return d_hidden, d_weight if d_weight is None else d_weight.to(weight.dtype), None, None
+
+
+def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """hidden (N, D), weight (V, D), targets (N,) -> fp32 log-probs (N,) of the targets at the sampling temperature."""
+    return _TokenLogprobs.apply(hidden, weight, targets, temperature)
+
+
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weights: Tensor, clip_low: float = 0.2,
+                clip_high: float = 0.2, beta: float = 0.0, ref_logprobs: Tensor | None = None) -> Tensor:
+    """The mmGRPO loss of N tokens, all arguments (N,): with rho = pi / pi_old,
+
+        L = - sum_t w_t [ min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A) - beta KL_t ]          (Eq. 7)
+
+    KL is the k3 estimator r - log r - 1 with r = pi_ref / pi (http://joschu.net/blog/kl-approx.html), non-negative for
+    every token; its value is unbiased for tokens sampled from pi.
+    """
+    ratio = torch.exp(logprobs - old_logprobs)
+    gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    if beta:
+        log_r = ref_logprobs - logprobs
+        gain = gain - beta * (log_r.exp() - log_r - 1)
+    return -(weights * gain).sum()
+
+
+# -------------------------------------------------------------------------------------------------------- update
+
+def pack(rows: list[Row], batch_tokens: int) -> list[list[Row]]:
+    """Micro-batches of rows of like length, at most `batch_tokens` each with padding; rows without tokens are left out."""
+    size = lambda row: len(row.completion.prompt_ids) + len(row.completion.token_ids) - 1      # the last is never input
+    batches: list[list[Row]] = []
+    for row in sorted((r for r in rows if r.completion.token_ids), key=size, reverse=True):
+        if not batches or (len(batches[-1]) + 1) * size(batches[-1][0]) > batch_tokens:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
+
+
+def batch_logprobs(model: Transformer, batch: list[Row], temperature: float, vocabulary: int) -> Tensor:
+    """Log-probs (N,) of the sampled tokens of a micro-batch, row after row.
+
+    The ids are the sampler's own, padded on the right. The hidden state that predicts token t of a completion stands at
+    position len(prompt) - 1 + t; only those N states reach the vocabulary projection.
+    """
+    device = model.head.device
+    sequences = [r.completion.prompt_ids + r.completion.token_ids for r in batch]
+    width = max(map(len, sequences)) - 1
+    ids = torch.tensor([s[:-1] + [0] * (width + 1 - len(s)) for s in sequences], device=device)           # (B, T)
+    at = [(b, len(r.completion.prompt_ids) - 1 + t) for b, r in enumerate(batch) for t in range(len(r.completion.token_ids))]
+    row, column = torch.tensor(at, device=device).unbind(1)
+    targets = torch.tensor([i for r in batch for i in r.completion.token_ids], device=device)             # (N,)
+    return token_logprobs(model(ids)[row, column], model.head[:vocabulary], targets, temperature)
+
+
+def accumulate(model: Transformer, rows: list[Row], config: Config, vocabulary: int, reference: Transformer | None = None) -> dict:
+    """Leave the gradient of the step's loss in the parameters; return its parts. The optimizer is not touched."""
+    device, stats = model.head.device, Counter()
+    total, norms = None, {}
+    for module in sorted({r.module for r in rows}):                 # by module, to see what each contributes
+        model.zero_grad(set_to_none=True)
+        for batch in pack([r for r in rows if r.module == module], config.batch_tokens):
+            per_token = lambda f: torch.tensor([x for r in batch for x in f(r)], dtype=torch.float, device=device)
+            old = per_token(lambda r: r.completion.logprobs)
+            advantage = per_token(lambda r: [r.advantage] * len(r.completion.token_ids))
+            weight = per_token(lambda r: [r.weight] * len(r.completion.token_ids))
+            logprobs = batch_logprobs(model, batch, config.temperature, vocabulary)
+            ref = None
+            if reference is not None:
+                with torch.no_grad():
+                    ref = batch_logprobs(reference, batch, config.temperature, vocabulary)
+            loss = policy_loss(logprobs, old, advantage, weight, config.clip_low, config.clip_high, config.beta, ref)
+            loss.backward()
+            ratio = (logprobs.detach() - old).exp()
+            outside = (ratio < 1 - config.clip_low) & (advantage < 0) | (ratio > 1 + config.clip_high) & (advantage > 0)
+            stats.update(loss=loss.item(), tokens=len(old), clipped=outside.sum().item(),
+                         kl=0.0 if ref is None else ((ref - logprobs).exp() - (ref - logprobs) - 1).sum().item(),
+                         forwarded=sum(len(r.completion.prompt_ids) + len(r.completion.token_ids) - 1 for r in batch))
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+        norms[module] = torch.stack([g.norm() for g in grads]).norm().item()
+        total = grads if total is None else torch._foreach_add(total, grads)
+    for p, g in zip(model.parameters(), total or []):
+        p.grad = g
+    share = {m: n / (sum(norms.values()) or 1.0) for m, n in norms.items()}
+    return {"loss": stats["loss"], "kl": stats["kl"] / max(stats["tokens"], 1), "clipped": stats["clipped"] / max(stats["tokens"], 1),
+            "tokens_forwarded": stats["forwarded"], "grad_share": share}
+
+
+# ----------------------------------------------------------------------------------------------- the training loop
+
+def batch_of(step: int, size: int, count: int, seed: int) -> list[int]:
+    """Which examples step `step` (from 0) trains on: a new permutation each epoch, no example twice before all are seen."""
+    order = {}
+    for p in range(step * size, (step + 1) * size):
+        if p // count not in order:
+            order[p // count] = random.Random(repr(("order", seed, p // count))).sample(range(count), count)
+    return [order[p // count][p % count] for p in range(step * size, (step + 1) * size)]
+
+
+def evaluate(model: Transformer, tokenizer: Tokenizer, task: Task, examples: list[dict], config: Config,
+             temperature: float) -> tuple[dict, list[Trajectory]]:
+    """Mean score of one run per example; a run that did not complete counts as failure_score."""
+    began = time.perf_counter()
+    sampler = Sampler(model, tokenizer, slots=config.slots, max_tokens=config.max_tokens, temperature=temperature,
+                      top_k=config.top_k, top_p=config.top_p)
+    runs = run_programs(task.program, examples, task.metric, sampler, seed=config.seed, step=-1, max_calls=config.max_calls,
+                        failure_score=config.failure_score, format_failure_score=config.format_failure_score)
+    scores = np.array([t.reward if t.status == "completed" else config.failure_score for t in runs])
+    return {"score": scores.mean(), "stderr": scores.std() / math.sqrt(len(scores)), "statuses": statuses(runs),
+            "seconds": time.perf_counter() - began}, runs
+
+
+def measure(trajectories: list[Trajectory], groups: list[Group], of_groups: list[list[float]]) -> dict:
+    """What a step's rollouts and groups looked like, for metrics.jsonl. Calls made = trained + zero_advantage + excluded."""
+    made = {(i, c) for i, t in enumerate(trajectories) for c in range(len(t.calls))}
+    grouped = {(m.trajectory, c): 0.0 for g in groups for m in g.members for c in m.calls}
+    for g, values in zip(groups, of_groups):
+        for m, a in zip(g.members, values):
+            for c in m.calls:
+                grouped[m.trajectory, c] += abs(a)
+    trained = sum(a > 0 for a in grouped.values())
+    voting = [t for t in trajectories if t.votes]
+    rewards = [t.reward for t in voting]
+    modules = {}
+    for name in sorted({c.module for t in trajectories for c in t.calls}):
+        counts = [sum(c.module == name for c in t.calls) for t in voting]
+        own = [values for g, values in zip(groups, of_groups) if g.module == name]
+        flat = [abs(a) for values in own for a in values]
+        calls = [c for t in trajectories for c in t.calls if c.module == name]
+        modules[name] = {
+            "calls": len(calls), "tokens": sum(len(c.completion.token_ids) for c in calls),
+            "survival": [sum(n > k for n in counts) / len(counts) for k in range(max(counts, default=0))],
+            "zero_variance": sum(not any(values) for values in own) / len(own) if own else None,
+            "advantage_scale": sum(flat) / len(flat) if flat else None}
+    logprobs = [x for t in trajectories for c in t.calls for x in c.completion.logprobs]
+    return {"reward": float(np.mean(rewards)), "reward_std": float(np.std(rewards)), "statuses": statuses(trajectories),
+            "calls": {"made": len(made), "trained": trained, "zero_advantage": len(grouped) - trained,
+                      "excluded": len(made) - len(grouped)},
+            "surprise": -sum(logprobs) / max(len(logprobs), 1), "modules": modules}
+
+
+def rollout(model, tokenizer, task: Task, config: Config, step: int) -> tuple[list[Trajectory], dict]:
+    """B examples x R runs under the current weights, and the seconds they took."""
+    began = time.perf_counter()
+    examples = [task.train[i] for i in batch_of(step, config.examples, len(task.train), config.seed)]
+    sampler = Sampler(model, tokenizer, slots=config.slots, max_tokens=config.max_tokens, temperature=config.temperature)
+    runs = run_programs(task.program, examples, task.metric, sampler, rollouts=config.rollouts, seed=config.seed, step=step,
+                        max_calls=config.max_calls, failure_score=config.failure_score,
+                        format_failure_score=config.format_failure_score, interrupt=config.interrupt)
+    if not any(t.votes for t in runs):
+        raise ProgramError(f"step {step + 1}: no run gave a reward; the first one: {runs[0].error or runs[0].status}")
+    if not any(t.calls for t in runs):
+        raise ProgramError(f"step {step + 1}: no run called a module; there is nothing to train")
+    return runs, {"sampling": sampler.seconds, "tools": time.perf_counter() - began - sampler.seconds}
+
+
+def train_step(model, tokenizer, optimizer, reference, task: Task, config: Config, step: int) -> dict:
+    """One step of mmGRPO: sample, group, compare, weigh, update. Returns what is to be known of it."""
+    trajectories, seconds = rollout(model, tokenizer, task, config, step)
+    groups = group_calls(trajectories, config.short_groups, config.group_size, config.level, config.seed)
+    values = advantages(groups, trajectories, config.baseline, config.leave_one_out, config.scale_rewards)
+    rows = weigh(groups, values, trajectories, config.normalize, config.max_tokens)
+    if not config.beta:
+        rows = [r for r in rows if r.advantage]                     # the others' gradient is zero
+    began = time.perf_counter()
+    metrics = {"step": step + 1, **measure(trajectories, groups, values)}
+    for _ in range(config.inner_epochs):
+        parts = accumulate(model, rows, config, tokenizer.size, reference)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm).item() if rows else 0.0
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * min(1.0, (step + 1) / max(config.warmup, 1))
+        if rows:
+            optimizer.step()
+    for module, share in parts.pop("grad_share").items():
+        metrics["modules"][module]["grad_share"] = share
+    seconds["update"] = time.perf_counter() - began
+    return metrics | parts | {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "seconds": seconds}
+
+
+def train(config: Config) -> str:
+    """The whole run; everything it leaves is in config.out. Returns the line that sums it up."""
+    if config.top_k or config.top_p < 1:
+        raise ConfigError("--top-k and --top-p are for eval and show: what is trained must be the distribution sampled")
+    if config.temperature == 0:
+        raise ConfigError("--temperature: training needs a temperature above 0")
+    task, (model, tokenizer) = load_task(config), load_model(config)
+    if not task.train or not task.dev:
+        raise ConfigError(f"--task {config.task}: its {'dev' if task.train else 'train'} split is empty")
+    out = new_folder(config)
+    (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    reference = load_model(config)[0] if config.beta else None
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    dev = task.dev[:config.eval_examples or None]
+    began, scores, log = time.perf_counter(), [], (out / "metrics.jsonl").open("a")
+    bar = tqdm(range(config.steps), desc=f"{config.task}", unit="step", disable=None)
+
+    def record(entry: dict):
+        log.write(json.dumps(entry) + "\n")
+        log.flush()
+
+    def check(step: int):
+        """Dev scores as trained (sampled) and greedy; checkpoints of the last and of the best."""
+        entry = {name: evaluate(model, tokenizer, task, dev, config, t)[0]
+                 for name, t in (("sampled", config.temperature), ("greedy", 0.0))}
+        record({"step": step, "dev": entry})
+        save_pretrained(model, tokenizer, out / "last")
+        if not scores or entry["sampled"]["score"] > max(scores):
+            save_pretrained(model, tokenizer, out / "best")
+        scores.append(entry["sampled"]["score"])
+        bar.write(f"step {step:4d}  dev {scores[-1]:.3f} ± {entry['sampled']['stderr']:.3f}   greedy "
+                  f"{entry['greedy']['score']:.3f}   " + "  ".join(f"{k} {v}" for k, v in entry["sampled"]["statuses"].items() if v))
+
+    check(0)
+    for step in bar:
+        metrics = train_step(model, tokenizer, optimizer, reference, task, config, step)
+        record(metrics)
+        bar.set_postfix(reward=f"{metrics['reward']:.3f}", grad=f"{metrics['grad_norm']:.2f}", refresh=False)
+        if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
+            check(step + 1)
+    plot(out)
+    return (f"{config.task} dev score: {scores[0]:.3f} -> {scores[-1]:.3f} ({config.steps} steps, "
+            f"{time.perf_counter() - began:.0f} s)")
+
+
+def new_folder(config: Config) -> Path:
+    """The folder of the run; a finished run is never written over."""
+    out = Path(config.out or f"runs/{Path(config.task).stem}")
+    if config.out and (out / "metrics.jsonl").exists():
+        raise ConfigError(f"--out {out}: holds a run already")
+    taken = 1
+    while (out / "metrics.jsonl").exists():
+        taken += 1
+        out = out.with_name(f"{Path(config.task).stem}-{taken}")
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def plot(out: Path) -> None:
+    """Reward and dev score against steps, as curve.png."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    axes.plot([m["step"] for m in lines if "reward" in m], [m["reward"] for m in lines if "reward" in m], alpha=0.4,
+              label="training reward")
+    for name in ("sampled", "greedy"):
+        axes.plot([m["step"] for m in lines if "dev" in m], [m["dev"][name]["score"] for m in lines if "dev" in m], "o-",
+                  label=f"dev score, {name}")
+    axes.set(xlabel="step", title=out.name)
+    axes.legend()
+    figure.savefig(out / "curve.png", dpi=120)
+    pyplot.close(figure)
+
+
+# -------------------------------------------------------------------------------------------------- command line
+
+def load_task(config: Config) -> Task:
+    """The task that config.task names: a module of tasks/, or a Python file of the user's."""
+    try:
+        if config.task.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(config.task).stem, config.task)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(f"tasks.{config.task}")
+    except (ModuleNotFoundError, FileNotFoundError) as e:
+        if isinstance(e, ModuleNotFoundError) and e.name != f"tasks.{config.task}":
+            raise
+        raise ConfigError(f"--task {config.task}: no such task (hover, banking77, papillon, or a Python file)") from None
+    task = module.load(config.data)
+    if config.prompts:
+        task.program.load(config.prompts)
+    return task
+
+
+def load_model(config: Config) -> tuple[Transformer, Tokenizer]:
+    return load_pretrained(config.model, config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def run_eval(config: Config) -> str:
+    """Score a checkpoint on a split, sampled and greedy, with how the runs ended."""
+    task, (model, tokenizer) = load_task(config), load_model(config)
+    examples = getattr(task, config.split)[:config.eval_examples or None]
+    if not examples:
+        raise ConfigError(f"--task {config.task}: its {config.split} split is empty")
+    lines = []
+    for name, temperature in ((f"sampled at {config.temperature}", config.temperature), ("greedy", 0.0)):
+        result, _ = evaluate(model, tokenizer, task, examples, config, temperature)
+        lines.append(f"{config.task} {config.split} score, {name}: {result['score']:.3f} ± {result['stderr']:.3f} "
+                     f"({len(examples)} examples; {', '.join(f'{v} {k}' for k, v in result['statuses'].items() if v)})")
+    return "\n".join(lines)
+
+
+def run_show(config: Config) -> str:
+    """Run the program on one example and print the trace."""
+    task, (model, tokenizer) = load_task(config), load_model(config)
+    examples = getattr(task, config.split)
+    if config.index >= len(examples):
+        raise ConfigError(f"--index {config.index}: the {config.split} split has {len(examples)} examples")
+    _, runs = evaluate(model, tokenizer, task, [examples[config.index]], config, config.temperature)
+    return show(runs[0])
+
+
+def read_trajectories(path: str) -> list[Trajectory]:
+    """The `group` input (README, "Grouping trajectories made elsewhere"). Raises ConfigError naming file and field."""
+    def need(condition: bool, where: str, what: str):
+        if not condition:
+            raise ConfigError(f"{path}: {where}: expected {what}")
+    try:
+        data = json.loads(sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise ConfigError(f"{path}: cannot be read as JSON ({e})") from None
+    need(isinstance(data, dict) and isinstance(data.get("trajectories"), list), "trajectories", "an object with this list")
+    result, seen = [], set()
+    for i, t in enumerate(data["trajectories"]):
+        where = f"trajectories[{i}]"
+        need(isinstance(t, dict), where, "an object")
+        need(isinstance(t.get("example"), (str, int)), f"{where}.example", "a string or a whole number")
+        need(type(t.get("rollout")) is int, f"{where}.rollout", "a whole number")
+        need((t["example"], t["rollout"]) not in seen, where, "each rollout of an example once")
+        need(t.get("status") in STATUSES, f"{where}.status", f"one of {', '.join(STATUSES)}")
+        reward = t.get("reward")
+        need(type(reward) in (int, float) or reward is None and t["status"] == "tool_error", f"{where}.reward", "a number")
+        need(isinstance(t.get("calls"), list), f"{where}.calls", "a list")
+        for c, call in enumerate(t["calls"]):
+            need(isinstance(call, dict) and isinstance(call.get("module"), str), f"{where}.calls[{c}].module", "a string")
+        seen.add((t["example"], t["rollout"]))
+        names = [call["module"] for call in t["calls"]]
+        calls = tuple(Call(name, names[:c].count(name)) for c, name in enumerate(names))
+        result.append(Trajectory(t["example"], t["rollout"], calls, None, reward, t["status"]))
+    return result
+
+
+def run_group(path: str, config: Config) -> str:
+    trajectories = read_trajectories(path)
+    groups = group_calls(trajectories, config.short_groups, config.group_size, config.level, config.seed)
+    values = advantages(groups, trajectories, config.baseline, config.leave_one_out, config.scale_rewards)
+    place = lambda m: {"call": m.calls[0]} if config.level == "call" else {"calls": list(m.calls)}
+    out = [{"example": g.example, "module": g.module, "invocation": g.invocation,
+            "members": [{"rollout": trajectories[m.trajectory].rollout, **place(m), "advantage": a}
+                        for m, a in zip(g.members, v)]} for g, v in zip(groups, values)]
+    excluded = [{"example": t.example, "rollout": t.rollout, "reason": "tool_error"} for t in trajectories if not t.votes]
+    return json.dumps({"groups": out, "excluded": excluded})
+
+
+def parse_arguments(argv: list[str]) -> tuple[str, str, Config]:
+    """argv -> (command, FILE of `group`, Config). A flag overrides the task's own default, which overrides Config's."""
+    parser = argparse.ArgumentParser(prog="mmgrpo.py", description=__doc__.split("\n\n")[1])
+    parser.add_argument("command", choices=("train", "eval", "show", "group"))
+    parser.add_argument("file", nargs="?", help="of group: a JSON file of trajectories, or - for standard input")
+    comments = {line.split(":")[0].strip(): line.split("# ", 1)[1] for line in
+                Path(__file__).read_text().split("class Config:")[1].split("def __post_init__")[0].splitlines()
+                if line.startswith("    ") and ": " in line and "# " in line}
+    for f in dataclasses.fields(Config):
+        kind = {"bool": None, "int": int, "float": float, "str": str}[f.type]
+        flag = {"action": argparse.BooleanOptionalAction} if kind is None else {"type": kind, "metavar": f.type.upper()}
+        parser.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS,
+                            help=f"{comments.get(f.name, '').replace('%', '%%')} [{f.default}]", **flag)
+    given = vars(parser.parse_args(argv))
+    command, file = given.pop("command"), given.pop("file")
+    if (command == "group") != (file is not None):
+        parser.error("group takes one FILE" if command == "group" else f"{command} takes no FILE")
+    config = Config(**given)
+    return command, file, config if command == "group" else Config(**{**load_task(config).defaults, **given})
+
+
+def main(argv: list[str]) -> int:
+    try:
+        command, file, config = parse_arguments(argv)
+        print(run_group(file, config) if command == "group" else
+              {"train": train, "eval": run_eval, "show": run_show}[command](config))
+        return 0
+    except (ConfigError, CheckpointError, PromptError, ProgramError, DataError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        if isinstance(e, ProgramError) and e.__cause__ is not None:
+            raise
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,480 @@
+"""The language model: a decoder-only transformer, its KV cache, its tokenizer, and checkpoints in Hugging Face layout.
+
+One class covers Qwen3, Qwen2/2.5 and Llama-3.x: they differ in biases, q/k norms, the head's tie and the RoPE
+scaling, all read from `config.json`. Parameters carry the names they have on disk (without the leading `model.`), so
+that loading is a comparison of names and shapes and nothing is renamed. Left out: other architectures, sliding
+windows, quantised weights, pickled weights; each is refused by name.
+
+    model, tokenizer = load_pretrained("tasks/tiny")
+    ids = tokenizer.encode_chat([{"role": "user", "content": "Hello"}])
+    hidden = model(torch.tensor([ids]))                  # (B, T, D)
+    logits = model.logits(hidden)                        # (B, T, V)
+
+Map: ModelConfig, RoPE, Transformer, KVCache, Tokenizer, load_pretrained, save_pretrained.
+Letters: B batch, T time, D model width, H query heads, K key/value heads, d width of a head, V vocabulary.
+"""
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jinja2
+import jinja2.sandbox
+import safetensors
+import safetensors.torch
+import tokenizers
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder that cannot be used; the message names the file and the field, tensor or token."""
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in `path`. Raises CheckpointError where the file is missing or holds something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise CheckpointError(f"{path}: cannot be read ({e.strerror or e})") from None
+    except ValueError as e:
+        raise CheckpointError(f"{path}: not JSON ({e})") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+# ------------------------------------------------------------------------------------------------- configuration
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a transformer, in the units of the paper that introduced each part.
+
+    Example: ModelConfig.from_hf({"architectures": ["Qwen3ForCausalLM"], "vocab_size": 2048, "hidden_size": 128,
+    "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "head_dim": 32, "tie_word_embeddings": True})
+    """
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int                 # independent of hidden_size / heads
+    max_positions: int
+    norm_eps: float
+    tied: bool                    # the head is the embedding matrix
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool                 # RMSNorm of every query and key head (Qwen3)
+    rope_theta: float
+    rope_llama3: tuple[float, float, float, float] | None   # factor, low_freq_factor, high_freq_factor, original length
+    raw: dict = field(default_factory=dict, compare=False, repr=False)      # config.json as read, written back on save
+
+    @classmethod
+    def from_hf(cls, raw: dict, where: str = "config.json") -> "ModelConfig":
+        """Read a Hugging Face configuration, old style (`rope_theta`) or new (`rope_parameters`).
+
+        Raises CheckpointError naming the field that is missing, malformed or not supported.
+        """
+        def refuse(key: str, why: str):
+            raise CheckpointError(f"{where}: {key}: {why}")
+
+        def number(key: str, default=None, kind=int, source=raw, low=1):
+            value = default if source.get(key) is None else source[key]
+            if value is None:
+                refuse(key, "missing")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) \
+                    or value != kind(value) or not low <= value < 2**31:
+                refuse(key, f"expected {'a whole' if kind is int else 'a'} number of at least {low}, found {value!r}")
+            return kind(value)
+
+        def flag(key: str, default=False):
+            value = default if raw.get(key) is None else raw[key]
+            return value if isinstance(value, bool) else refuse(key, f"expected true or false, found {value!r}")
+
+        architectures = raw.get("architectures") or [{"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM",
+                                                      "llama": "LlamaForCausalLM"}.get(raw.get("model_type"))]
+        if architectures not in (["Qwen3ForCausalLM"], ["Qwen2ForCausalLM"], ["LlamaForCausalLM"]):
+            refuse("architectures", f"{architectures!r} is not supported (Qwen3ForCausalLM, Qwen2ForCausalLM and "
+                                    "LlamaForCausalLM are)")
+        family = architectures[0].removesuffix("ForCausalLM")
+        if raw.get("quantization_config"):
+            refuse("quantization_config", "quantised weights are not supported")
+        if raw.get("hidden_act", "silu") != "silu":
+            refuse("hidden_act", f"{raw['hidden_act']!r} is not supported (silu is)")
+        if flag("use_sliding_window") or set(raw.get("layer_types") or []) - {"full_attention"}:
+            refuse("use_sliding_window", "sliding-window attention is not supported")
+
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            refuse("rope_parameters", f"expected an object, found {rope!r}")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
+            refuse("rope_type", f"{kind!r} is not supported (default and llama3 over the whole head are)")
+        scale = lambda key: number(key, source=rope, kind=float, low=1e-6)
+        llama3 = kind == "llama3" and (scale("factor"), scale("low_freq_factor"), scale("high_freq_factor"),
+                                       scale("original_max_position_embeddings"))
+
+        D, heads = number("hidden_size"), number("num_attention_heads")
+        bias = flag("attention_bias")
+        config = cls(
+            vocab_size=number("vocab_size"), hidden_size=D, intermediate_size=number("intermediate_size"),
+            layers=number("num_hidden_layers"), heads=heads, kv_heads=number("num_key_value_heads", heads),
+            head_dim=number("head_dim", 128 if family == "Qwen3" else D // heads),
+            max_positions=number("max_position_embeddings", 2048),
+            norm_eps=number("rms_norm_eps", 1e-6, float, low=0), tied=flag("tie_word_embeddings"),
+            qkv_bias=bias or family == "Qwen2", o_bias=bias and family != "Qwen2",
+            mlp_bias=flag("mlp_bias") and family == "Llama", qk_norm=family == "Qwen3",
+            rope_theta=number("rope_theta", number("rope_theta", 10000.0, float), float, source=rope),
+            rope_llama3=llama3 or None, raw=dict(raw))
+        if config.heads % config.kv_heads:
+            refuse("num_key_value_heads", f"{config.kv_heads} does not divide num_attention_heads {config.heads}")
+        if config.head_dim % 2:
+            refuse("head_dim", f"{config.head_dim} is odd; RoPE rotates pairs")
+        return config
+
+
+# ----------------------------------------------------------------------------------- rotary position embeddings
+
+@functools.lru_cache
+def inverse_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
+    """(d/2,) angular step per position of each rotated pair (RoFormer, arXiv 2104.09864), always fp32.
+
+    With `llama3` scaling, wavelengths longer than original/low are stretched by `factor`, shorter than original/high
+    are kept, and those between are interpolated.
+    """
+    d = config.head_dim
+    inverse = 1.0 / config.rope_theta ** (torch.arange(0, d, 2, device=device, dtype=torch.float32) / d)
+    if config.rope_llama3:
+        factor, low, high, original = config.rope_llama3
+        turns = original * inverse / (2 * math.pi)             # rotations within the original context
+        keep = ((turns - low) / (high - low)).clamp(0, 1)      # 0: stretch, 1: keep
+        inverse = (1 - keep) * inverse / factor + keep * inverse
+    return inverse
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (x_i, x_{i+d/2}) of x (B, heads, T, d) by the angles in cos and sin (B, 1, T, d)."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+# --------------------------------------------------------------------------------------------------- transformer
+
+def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention of q (B, H, T, d) over k, v (B, K, S, d): causal unless `mask` says what is seen.
+
+    This is the default `attend` of the transformer; a KV cache supplies others (`KVCache.prefill`, `KVCache.decode`).
+    """
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                          enable_gqa=q.shape[1] != k.shape[1])
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()                                          # in bf16 the mean of squares needs more bits
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.d = c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, c.heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.heads * c.head_dim, c.hidden_size, bias=c.o_bias)
+        if c.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.norm_eps), RMSNorm(c.head_dim, c.norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.d)              # (B, T, H, d)
+        k = self.k_proj(x).view(B, T, -1, self.d)              # (B, T, K, d)
+        v = self.v_proj(x).view(B, T, -1, self.d)
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        y = attend(layer, rotate(q, cos, sin), rotate(k, cos, sin), v)          # (B, H, T, d)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.self_attn, self.mlp = Attention(c), MLP(c)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layer, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """A decoder-only transformer. It has no dropout and no train mode: sampling and scoring are the same function."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        if not config.tied:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        for p in self.parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+
+    @property
+    def head(self) -> Tensor:
+        """(V, D) the vocabulary projection."""
+        return self.embed_tokens.weight if self.config.tied else self.lm_head.weight
+
+    def forward(self, ids: Tensor, positions: Tensor | None = None, attend=attention) -> Tensor:
+        """ids (B, T) -> hidden states (B, T, D) after the final norm; a row sees itself and what precedes it.
+
+        Rows may be padded on the right with any id: what follows a token never changes it. `positions` (B, T) default
+        to 0..T-1. `attend(layer, q, k, v)` defaults to causal attention within the row.
+        """
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        angles = positions[..., None].float() * inverse_frequencies(self.config, ids.device)       # (B, T, d/2)
+        x = self.embed_tokens(ids)
+        cos, sin = (t.repeat(1, 1, 2)[:, None].to(x.dtype) for t in (angles.cos(), angles.sin()))  # (B, 1, T, d)
+        for i, block in enumerate(self.layers):
+            x = block(x, cos, sin, i, attend)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (B, T, D) -> logits (B, T, V)."""
+        return F.linear(hidden, self.head)
+
+
+class KVCache:
+    """Keys and values of `slots` sequences, each with its own length; rows 0..n-1 are the ones decoding.
+
+    Example: cache = KVCache(config, slots=8, size=512); model(prompts, attend=cache.prefill(slots, rows)) stores
+    prompts, and model(last[:n, None], cache.lengths[:n, None], cache.decode(n)) runs one step of n rows.
+    """
+    def __init__(self, config: ModelConfig, slots: int, size: int, device=None, dtype=None):
+        self.kv = torch.zeros(2, config.layers, slots, config.kv_heads, size, config.head_dim, device=device, dtype=dtype)
+        self.lengths = torch.zeros(slots, dtype=torch.long, device=device)
+
+    def prefill(self, slots: Tensor, rows: Tensor):
+        """Attend causally within a batch of prompts (B, T); store row rows[i] of it in slot slots[i]."""
+        def attend(layer, q, k, v):
+            self.kv[0, layer, slots, :, :k.shape[2]], self.kv[1, layer, slots, :, :k.shape[2]] = k[rows], v[rows]
+            return attention(layer, q, k, v)
+        return attend
+
+    def decode(self, n: int, longest: int):
+        """Append one token to each of the first n slots and attend over all of its slot (at most `longest` tokens)."""
+        row, end = torch.arange(n, device=self.lengths.device), self.lengths[:n]
+        seen = (torch.arange(longest, device=end.device) <= end[:, None])[:, None, None]           # (n, 1, 1, longest)
+        def attend(layer, q, k, v):
+            self.kv[0, layer, row, :, end], self.kv[1, layer, row, :, end] = k[:, :, 0], v[:, :, 0]
+            return attention(layer, q, *self.kv[:, layer, :n, :, :longest], mask=seen)
+        return attend
+
+    def move(self, source: int, target: int):
+        """Copy the sequence of slot `source` into slot `target`."""
+        self.kv[:, :, target], self.lengths[target] = self.kv[:, :, source], self.lengths[source]
+
+
+# ----------------------------------------------------------------------------------------------------- tokenizer
+
+class Tokenizer:
+    """The checkpoint's own `tokenizer.json`, chat template and end tokens.
+
+    `size` is one more than the largest id, `end_ids` holds every id that ends a completion. Raises CheckpointError
+    naming the file where one is missing, malformed, without chat template or without end token.
+    """
+    FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
+             "chat_template.jinja")
+
+    def __init__(self, folder: str | Path):
+        folder = Path(folder)
+        self.files = {n: (folder / n).read_bytes() for n in self.FILES if (folder / n).is_file()}   # written back on save
+        raw = read_json(folder / "tokenizer.json")
+        config = read_json(folder / "tokenizer_config.json") if "tokenizer_config.json" in self.files else {}
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_str(json.dumps(raw))
+            # The same tokenizer without its added tokens encodes text of users: to it, "<|im_end|>" is ten characters.
+            self.plain = tokenizers.Tokenizer.from_str(json.dumps(raw | {"added_tokens": []}))
+        except Exception as e:                                 # the library raises bare Exception
+            raise CheckpointError(f"{folder / 'tokenizer.json'}: not a tokenizer ({e})") from None
+        for t in (self.tokenizer, self.plain):
+            t.no_padding(), t.no_truncation()
+        self.size = max(self.tokenizer.get_vocab().values()) + 1
+        added = self.tokenizer.get_added_tokens_decoder()
+        if odd := [t.content for t in added.values() if t.lstrip or t.rstrip or t.single_word]:
+            raise CheckpointError(f"{folder / 'tokenizer.json'}: added_tokens: {odd[0]!r} swallows its surroundings "
+                                  "(lstrip, rstrip, single_word), which is not supported")
+        self.control = {t.content: i for i, t in added.items()}
+        names = sorted(self.control, key=len, reverse=True)    # leftmost-longest, as the library matches
+        self.control_pattern = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        self.end_ids = self._end_ids(folder, config)
+        self.template = self._template(folder, config)
+
+    def _end_ids(self, folder: Path, config: dict) -> frozenset[int]:
+        """Every end token that any file of the folder names."""
+        found = set()
+        for name in ("generation_config.json", "config.json"):
+            if (folder / name).is_file():
+                ids = read_json(folder / name).get("eos_token_id")
+                found |= set(ids) if isinstance(ids, list) else {ids} - {None}
+        eos = config.get("eos_token")
+        found |= {self.control.get(eos["content"] if isinstance(eos, dict) else eos)} - {None}
+        if bad := [i for i in found if not isinstance(i, int) or not 0 <= i < self.size]:
+            raise CheckpointError(f"{folder}: eos_token_id: {bad[0]!r} is no id of the tokenizer (0..{self.size - 1})")
+        if not found:
+            raise CheckpointError(f"{folder}: no end token: neither eos_token_id in generation_config.json or "
+                                  "config.json nor eos_token in tokenizer_config.json names one")
+        return frozenset(found)
+
+    def _template(self, folder: Path, config: dict):
+        source = self.files.get("chat_template.jinja", b"").decode() or config.get("chat_template")
+        if isinstance(source, list):                           # several named templates: the default one
+            source = {t.get("name"): t.get("template") for t in source}.get("default")
+        if not isinstance(source, str):
+            raise CheckpointError(f"{folder}: no chat template (chat_template.jinja, or chat_template in "
+                                  "tokenizer_config.json)")
+        def refuse(message):
+            raise jinja2.TemplateError(message)
+        # The sandbox keeps a hostile template from the interpreter; there is no clock in it, so that a prompt does not
+        # depend on the day (templates that ask for the date fall back on a fixed one).
+        env = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                           extensions=["jinja2.ext.loopcontrols"])
+        env.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
+        tokens = {k: v["content"] if isinstance(v, dict) else v for k, v in config.items() if k.endswith("_token")}
+        env.globals.update(tokens, raise_exception=refuse)
+        try:
+            return env.from_string(source)
+        except jinja2.TemplateError as e:
+            raise CheckpointError(f"{folder}: chat template: {e}") from None
+
+    def render(self, messages: list[dict]) -> str:
+        """Messages -> the text of the prompt, up to where the assistant begins. Thinking blocks are switched off."""
+        try:
+            return self.template.render(messages=messages, add_generation_prompt=True, enable_thinking=False)
+        except jinja2.TemplateError as e:
+            raise CheckpointError(f"chat template: {e}") from None
+
+    def encode(self, text: str) -> list[int]:
+        """Text -> ids, none of them a control token whatever the text says."""
+        return self.plain.encode(text, add_special_tokens=False).ids
+
+    def encode_chat(self, messages: list[dict]) -> list[int]:
+        """Messages -> prompt ids. Control tokens come from the template alone.
+
+        Where a content spells a control token, a mark that occurs nowhere else is put inside it before rendering, the
+        text is split at the remaining (true) control tokens, and the mark is taken out of the pieces between.
+        """
+        mark = next(c for c in map(chr, range(0xE000, 0xF8FF)) if not any(c in m["content"] for m in messages))
+        def disarm(content: str) -> str:
+            while self.control_pattern.search(content):        # again, because matches may overlap
+                content = self.control_pattern.sub(lambda m: m[0][0] + mark + m[0][1:], content)
+            return content
+        text = self.render([m | {"content": disarm(m["content"])} for m in messages])
+        ids, at = [], 0
+        for m in self.control_pattern.finditer(text):
+            ids += self.encode(text[at:m.start()].replace(mark, "")) + [self.control[m[0]]]
+            at = m.end()
+        return ids + self.encode(text[at:].replace(mark, ""))
+
+    def decode(self, ids: list[int]) -> str:
+        """Ids -> text, control tokens left out."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+# --------------------------------------------------------------------------------------------------- checkpoints
+
+def _disk_name(name: str) -> str:
+    return name if name.startswith("lm_head.") else f"model.{name}"
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of model.safetensors, or of the shards that model.safetensors.index.json lists."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if index.is_file() and not single.is_file():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(s, str) and Path(s).name == s for s in shards.values()):
+            raise CheckpointError(f"{index}: weight_map: expected an object of tensor name -> file name")
+        files = sorted(set(shards.values()))
+    else:
+        files = [single.name]
+    tensors = {}
+    for name in files:
+        try:
+            tensors |= safetensors.torch.load_file(folder / name)
+        except (OSError, safetensors.SafetensorError) as e:
+            raise CheckpointError(f"{folder / name}: cannot be read ({e})") from None
+    return tensors
+
+
+def load_pretrained(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Transformer, Tokenizer]:
+    """A checkpoint folder in Hugging Face layout -> (Transformer, Tokenizer).
+
+    Raises CheckpointError where a file is missing or corrupt, or a tensor is missing, unknown or of a wrong shape.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such checkpoint folder")
+    tokenizer = Tokenizer(folder)
+    config = ModelConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+    if config.vocab_size < tokenizer.size:
+        raise CheckpointError(f"{folder}: vocab_size {config.vocab_size} is smaller than the tokenizer's {tokenizer.size}")
+    with torch.device("meta"):
+        model = Transformer(config)
+    found = {n: t for n, t in read_tensors(folder).items() if not n.endswith("rotary_emb.inv_freq")}   # old exports
+    if config.tied and "lm_head.weight" in found:              # some exporters write the tied head twice
+        if not torch.equal(found.pop("lm_head.weight"), found.get("model.embed_tokens.weight", torch.empty(0))):
+            raise CheckpointError(f"{folder}: lm_head.weight differs from model.embed_tokens.weight, yet "
+                                  "tie_word_embeddings is true")
+    wanted = {_disk_name(n): p for n, p in model.state_dict().items()}
+    for name in sorted(wanted.keys() ^ found.keys()):
+        raise CheckpointError(f"{folder}: tensor {name} is {'missing' if name in wanted else 'not part of this model'}")
+    for name, p in wanted.items():
+        if found[name].shape != p.shape or found[name].dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise CheckpointError(f"{folder}: tensor {name}: expected floats of shape {tuple(p.shape)}, found "
+                                  f"{found[name].dtype} of {tuple(found[name].shape)}")
+    model.load_state_dict({n: found[_disk_name(n)].to(device, dtype) for n in model.state_dict()}, assign=True)
+    return model, tokenizer
+
+
+def save_pretrained(model: Transformer, tokenizer: Tokenizer, path: str | Path) -> None:
+    """Write a folder that `load_pretrained` and other readers of the Hugging Face layout load with equal logits."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in tokenizer.files.items():
+        (folder / name).write_bytes(data)
+    state = model.state_dict()
+    dtype = str(state["norm.weight"].dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(model.config.raw | {"dtype": dtype}, indent=2) + "\n")
+    safetensors.torch.save_file({_disk_name(n): t.contiguous().cpu() for n, t in state.items()},
+                                folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,121 @@
+"""Intent classification (Banking77): name what a bank's customer wants, out of a closed set of labels.
+
+One module, classify, called once: mmGRPO is plain GRPO here. The reward is exact match.
+
+The miniature edition has 25 intents (five things, five troubles) in generated sentences, some of which mention a second
+thing in passing. The real one (`load(folder)`) reads train.csv (text, category) and categories.json.
+"""
+import csv
+import json
+import random
+from pathlib import Path
+
+from program import ChainOfThought, DataError, Prediction, Program, Task
+
+
+class Classify(Program):
+    """text -> the customer's intent, one of `labels`."""
+    def __init__(self, labels: tuple[str, ...]):
+        self.classify = ChainOfThought("text -> intent", INSTRUCTIONS[0], types={"intent": labels})
+
+    async def forward(self, text: str) -> Prediction:
+        return Prediction(intent=(await self.classify(text=text)).intent)
+
+
+# The first is the program's own; the others are what prompt search may choose from.
+INSTRUCTIONS = (
+    "Name the intent of the customer.",
+    "Find the trouble that the customer has, then name the intent.",
+    "Name the thing that is in trouble and what the trouble is.",
+    "Guess an intent.",
+    "Say what the text mentions.",
+    "Choose the intent that fits the text.",
+)
+
+
+def exact_match(example: dict, prediction: Prediction) -> float:
+    return float(prediction.intent == example["intent"])
+
+
+# ------------------------------------------------------------------------------------------- the miniature edition
+
+THINGS = {
+    "card": ("card", "bank card", "new card"),
+    "transfer": ("transfer", "transfer to a friend", "bank transfer"),
+    "refund": ("refund", "refund from the shop", "money back"),
+    "cash": ("cash", "cash from the machine", "cash withdrawal"),
+    "account": ("account", "savings account", "bank account"),
+}
+# Sentences of the two halves; every word of a "task" sentence occurs in some "pretrain" sentence.
+TROUBLES = {
+    "pretrain": {
+        "missing": ("my {x} has not arrived yet", "I still wait for my {x}", "there is no sign of my {x}"),
+        "declined": ("my {x} was declined", "they do not accept my {x}", "my {x} did not go through"),
+        "fee": ("I was charged a fee for my {x}", "why does my {x} cost extra", "there is a fee on my {x}"),
+        "wrong": ("my {x} shows the wrong amount", "the amount of my {x} is not right", "there is a mistake in my {x}"),
+        "cancel": ("I want to cancel my {x}", "please stop my {x}", "I do not need my {x} any more"),
+    },
+    "task": {
+        "missing": ("still no {x} and I wait and wait", "my {x} has yet to arrive"),
+        "declined": ("they declined my {x}", "my {x} does not go through any more"),
+        "fee": ("my {x} was charged extra", "why is there a cost for my {x}"),
+        "wrong": ("the {x} is not the right amount", "I see a mistake, my {x} is wrong"),
+        "cancel": ("can you stop the {x} please", "I need you to cancel the {x}"),
+    },
+}
+FRAMES = {
+    "pretrain": ("{trouble}.", "Hello, {trouble}.", "{trouble}, what can I do?", "Yesterday I saw that {trouble}.",
+                 "The {y} is fine, but {trouble}.", "I got the {y} today, now {trouble}.", "{trouble}. I know the {y} is fine."),
+    "task": ("Hello, what can I do now, {trouble}?", "I saw today that {trouble}.", "The {y} is here and fine, {trouble}.",
+             "Yesterday I got the {y}, but {trouble}.", "{trouble}, but the {y} is right."),
+}
+LABELS = tuple(f"{thing}_{trouble}" for thing in THINGS for trouble in TROUBLES["task"])
+
+
+def query(rng: random.Random, half: str) -> dict:
+    """A customer's sentence: {"text", "intent", "mentioned" (the thing named in passing, or None)}."""
+    thing, other = rng.sample(list(THINGS), 2)
+    trouble = rng.choice(list(TROUBLES[half]))
+    frame = rng.choice(FRAMES[half])
+    sentence = rng.choice(TROUBLES[half][trouble]).format(x=rng.choice(THINGS[thing]))
+    text = frame.format(trouble=sentence, y=rng.choice(THINGS[other]))
+    return {"text": text[0].upper() + text[1:], "intent": f"{thing}_{trouble}", "mentioned": other if "{y}" in frame else None}
+
+
+def load(folder: str = "") -> Task:
+    """The task: miniature where `folder` is empty, else the data in it. Raises DataError naming file and line."""
+    if folder:
+        return _load_real(Path(folder))
+    rng, texts, examples = random.Random("banking77"), set(), []
+    while len(examples) < 500:
+        example = query(rng, "task")
+        if example["text"] not in texts:
+            texts.add(example["text"])
+            examples.append(example)
+    return Task(Classify(LABELS), exact_match, train=examples[:240], dev=examples[240:360], test=examples[360:],
+                defaults={"max_tokens": 48, "max_calls": 1})
+
+
+# ------------------------------------------------------------------------------------------------- the real edition
+
+def _load_real(folder: Path) -> Task:
+    """250 train, 500 dev and 500 test queries, as many as in the paper, drawn from train.csv."""
+    try:
+        labels = json.loads((folder / "categories.json").read_text(encoding="utf-8"))
+        with (folder / "train.csv").open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            rows = [(reader.line_num, row) for row in reader]
+    except (OSError, ValueError, csv.Error) as e:
+        raise DataError(f"{folder}: cannot be read ({e})") from None
+    if not isinstance(labels, list) or not labels or not all(isinstance(x, str) for x in labels):
+        raise DataError(f"{folder / 'categories.json'}: expected a list of labels")
+    for line, row in rows:
+        if not row.get("text") or row.get("category") not in labels or None in row:
+            raise DataError(f"{folder / 'train.csv'}:{line}: expected a text and a category of categories.json, found {row}")
+    examples = [{"text": row["text"].strip(), "intent": row["category"]} for _, row in rows]
+    random.Random("banking77").shuffle(examples)
+    if len(examples) < 4:
+        raise DataError(f"{folder / 'train.csv'}: holds only {len(examples)} rows")
+    a, b, c = (min(n, round(len(examples) * share)) for n, share in ((250, 0.2), (750, 0.6), (1250, 1)))
+    return Task(Classify(tuple(labels)), exact_match, train=examples[:a], dev=examples[a:b], test=examples[b:c],
+                defaults={"max_tokens": 48, "max_calls": 1})

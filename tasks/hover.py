@@ -1,0 +1,246 @@
+"""Many-hop search (HoVer): find every article that a claim rests on, by searching, noting, and searching again.
+
+Two modules: generate_query writes the next query from the claim and the facts so far; append_notes takes one new fact
+from what the search found. The reward is the recall of the claim's articles among all those found (HoVer's
+recall@k with k = searches x documents). A run makes 1 to 6 LM calls: it stops early when a query was asked before, and
+takes no note when a search found nothing new.
+
+The miniature edition is a fictional wiki with real BM25 retrieval. The real one (`load(folder)`) reads corpus.jsonl
+(lines of title and text) with HotpotQA's questions.jsonl (question, titles) or HoVer's hover_*.json (claim,
+supporting_facts).
+"""
+import json
+import random
+from pathlib import Path
+
+import bm25s
+
+from program import ChainOfThought, DataError, Prediction, Program, Task
+from tasks.world import Names
+
+
+class ResearchHop(Program):
+    """claim -> titles of every article found in `hops` searches."""
+    def __init__(self, search, hops: int = 4):
+        self.search, self.hops = search, hops
+        self.generate_query = ChainOfThought("claim, key_facts: list[str] -> query", QUERY_INSTRUCTIONS[0])
+        self.append_notes = ChainOfThought("claim, key_facts: list[str], search_results: list[str] -> new_key_fact",
+                                           NOTE_INSTRUCTIONS[0])
+
+    async def forward(self, claim: str) -> Prediction:
+        facts, found, asked = [], [], []
+        for hop in range(self.hops):
+            query = (await self.generate_query(claim=claim, key_facts=facts)).query if hop else claim
+            if query in asked:
+                break
+            asked.append(query)
+            new = {title: text for title, text in self.search(query) if title not in found}
+            found += new
+            if new and hop < self.hops - 1:
+                passages = [f"{title} | {text}" for title, text in new.items()]
+                note = await self.append_notes(claim=claim, key_facts=facts, search_results=passages)
+                facts = facts + [note.new_key_fact]
+        return Prediction(found=found)
+
+
+# The first is the program's own; the others are what prompt search may choose from.
+QUERY_INSTRUCTIONS = (
+    "Write a search query for the next article.",
+    "Name the one article that the claim still needs.",
+    "Search for the name that the last fact leads to.",
+    "Search for something.",
+    "Ask about the claim.",
+    "Look up what is missing.",
+)
+NOTE_INSTRUCTIONS = (
+    "Note a new fact from the search results.",
+    "Copy the fact that names the next article.",
+    "Write down the result that leads on from the claim.",
+    "Say something about the results.",
+    "Take a note.",
+    "Note what the claim is about.",
+)
+
+
+def recall(example: dict, prediction: Prediction) -> float:
+    """Share of the claim's articles that were found."""
+    return sum(title in prediction.found for title in example["titles"]) / len(example["titles"])
+
+
+STOPWORDS = "a an the of in on at is was are were by that which who and to from it its also both same".split()
+
+
+class Search:
+    """BM25 (k1 0.9, b 0.4) over articles {title: text}; the title counts once more, in front of the text."""
+    def __init__(self, articles: dict[str, str], documents: int = 3):
+        self.articles, self.titles, self.documents = articles, list(articles), min(documents, len(articles))
+        self.index = bm25s.BM25(k1=0.9, b=0.4)
+        self.index.index(self._tokens([f"{t} {t} {text}" for t, text in articles.items()]), show_progress=False)
+
+    def _tokens(self, texts: list[str]):
+        return bm25s.tokenize(texts, stopwords=STOPWORDS, return_ids=False, show_progress=False)
+
+    def __call__(self, query: str) -> list[tuple[str, str]]:
+        """The best `documents` articles as (title, text), best first; those that share no word with it are left out."""
+        places, scores = self.index.retrieve(self._tokens([query]), k=self.documents, show_progress=False)
+        return [(self.titles[i], self.articles[self.titles[i]]) for i, s in zip(places[0], scores[0]) if s > 0]
+
+
+# ------------------------------------------------------------------------------------------- the miniature edition
+
+KINDS = {"film": ("directed", "director"), "novel": ("written", "author"), "album": ("recorded", "singer"),
+         "company": ("founded", "founder")}
+JOBS = ("painter", "teacher", "farmer", "lawyer", "sailor", "singer", "baker", "doctor")
+GOODS = ("salt", "wool", "wine", "glass", "paper", "honey", "iron", "tea")
+
+# Sentences of the two halves of the world; every word of a "task" sentence occurs in some "pretrain" sentence.
+ARTICLES = {
+    "pretrain": {
+        "work": ("{W} is a {kind} {made} by {P}.", "{W} is a {kind}. It was {made} by {P}.", "The {kind} {W} was {made} by {P}."),
+        "person": ("{P} is a {job} born in {T}.", "{P} is a {job} from the town {T}.", "{P} was born in {T} and is a {job}."),
+        "town": ("{T} is a town on the river {R} in the district {D}.", "{T} is a town in {D}. It lies on the river {R}."),
+        "river": ("{R} is a river that rises in the district {D}.", "The river {R} rises in {D}."),
+        "district": ("{D} is a district known for its {goods}.", "The district {D} lives on {goods}."),
+    },
+    "task": {
+        "work": ("{W} is the {kind} that was {made} by {P}.", "{P} is the {maker} of the {kind} {W}."),
+        "person": ("The {job} {P} was born in the town {T}.", "{P}, born in {T}, is a {job}."),
+        "town": ("The town {T} lies on the river {R} in {D}.", "{T} is the town on {R} in the district {D}."),
+        "river": ("{R} rises in the district {D}.", "{R} is the river that rises in {D}."),
+        "district": ("{D} is the district that lives on its {goods}.", "The district {D} is known for {goods}."),
+    },
+}
+CLAIMS = {
+    "pretrain": {
+        3: ("The {maker} of the {kind} {W} was born in a town on the river {R}.",
+            "A town on the river {R} is the birthplace of the {maker} of {W}.",
+            "The {kind} {W} was {made} by someone from a town on the river {R}."),
+        4: ("The {maker} of the {kind} {W} was born in a town on a river that rises in {D}.",
+            "The {kind} {W} was {made} by someone whose birthplace lies on a river that rises in {D}.",
+            "A river that rises in {D} has on it the town where the {maker} of {W} was born."),
+        2: ("The {maker} of {W} and the {maker2} of {W2} were born in the same town.",
+            "The {kind} {W} and the {kind2} {W2} are both by people from the same town.",
+            "One town is the birthplace of the {maker} of the {kind} {W} and of the {maker2} of {W2}."),
+    },
+    "task": {
+        3: ("Someone born in a town on the river {R} was the {maker} of the {kind} {W}.",
+            "The river {R} has on it the birthplace of the {maker} of the {kind} {W}."),
+        4: ("Someone whose birthplace lies on a river that rises in the district {D} is the {maker} of {W}.",
+            "The {maker} of the {kind} {W} was born where a river that rises in {D} has a town on it."),
+        2: ("Both the {maker} of {W} and the {maker2} of the {kind2} {W2} are from one town.",
+            "The {maker} of the {kind} {W} comes from the same town as the {maker2} of {W2}."),
+    },
+}
+
+
+class Wiki:
+    """A fictional wiki of `size` articles in one half's names and sentences, and claims about it.
+
+    `articles` maps title to text; `claim()` gives {"claim", "titles" (in the order they can be found), "named"}.
+    """
+    def __init__(self, rng: random.Random, half: str, size: int = 2000):
+        self.rng, self.half, names = rng, half, Names(rng, half)
+        several = lambda share: [names() for _ in range(max(2, round(size * share)))]
+        districts, rivers, towns, people, works = map(several, (0.03, 0.05, 0.12, 0.40, 0.40))
+        pick = rng.choice
+        self.rises = {R: pick(districts) for R in rivers}
+        self.lies = {T: (pick(rivers), pick(districts)) for T in towns}
+        self.born = {P: pick(towns) for P in people}
+        self.made = {W: (pick(list(KINDS)), pick(people)) for W in works}
+        self.natives = {T: [W for W in works if self.born[self.made[W][1]] == T] for T in towns}
+        self.articles = {}
+        for D in districts:
+            self._write("district", D, D=D, goods=pick(GOODS))
+        for R in rivers:
+            self._write("river", R, R=R, D=self.rises[R])
+        for T in towns:
+            self._write("town", T, T=T, R=self.lies[T][0], D=self.lies[T][1])
+        for P in people:
+            self._write("person", P, P=P, T=self.born[P], job=pick(JOBS))
+        for W in works:
+            self._write("work", W, W=W, P=self.made[W][1], **self._kind(W))
+        self.used = set()
+
+    def _write(self, sort: str, title: str, **values):
+        self.articles[title] = self.rng.choice(ARTICLES[self.half][sort]).format(**values)
+
+    def _kind(self, W: str, mark: str = "") -> dict:
+        kind = self.made[W][0]
+        return {f"kind{mark}": kind, f"made{mark}": KINDS[kind][0], f"maker{mark}": KINDS[kind][1]}
+
+    def claim(self) -> dict:
+        """Half chains over three articles, a quarter over four, a quarter pairs of works; each work is used once."""
+        shape = self.rng.choice((3, 3, 4, 2))
+        while True:
+            W = self.rng.choice(list(self.made))
+            P = self.made[W][1]
+            T = self.born[P]
+            R = self.lies[T][0]
+            others = [w for w in self.natives[T] if self.made[w][1] != P and w not in self.used]
+            if W not in self.used and (shape != 2 or others):
+                break
+        values = {"W": W, "R": R, "D": self.rises[R], **self._kind(W)}
+        titles, named = {3: ([W, P, T], [W, R]), 4: ([W, P, T, R], [W, values["D"]]), 2: ([W, P], [W])}[shape]
+        if shape == 2:
+            W2 = self.rng.choice(others)
+            values |= {"W2": W2, **self._kind(W2, "2")}
+            titles, named = [W, W2, P, self.made[W2][1]], [W, W2]
+        self.used |= {W, values.get("W2", W)}
+        return {"claim": self.rng.choice(CLAIMS[self.half][shape]).format(**values), "titles": titles, "named": named}
+
+
+def load(folder: str = "") -> Task:
+    """The task: miniature where `folder` is empty, else the data in it. Raises DataError naming file and line."""
+    if folder:
+        return _load_real(Path(folder))
+    wiki = Wiki(random.Random("hover"), "task")
+    claims = [wiki.claim() for _ in range(500)]
+    return Task(ResearchHop(Search(wiki.articles)), recall, train=claims[:240], dev=claims[240:360], test=claims[360:],
+                defaults={"max_tokens": 64, "max_calls": 6})
+
+
+# ------------------------------------------------------------------------------------------------- the real edition
+
+def _rows(path: Path, keys: dict) -> list[dict]:
+    """The objects of a .jsonl file or of a .json list, each with `keys` of the given types."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        numbered = (list(enumerate(text.splitlines(), 1)) if path.suffix == ".jsonl" else
+                    [(f"entry {i}", r) for i, r in enumerate(json.loads(text))])
+    except (OSError, ValueError, TypeError) as e:
+        raise DataError(f"{path}: cannot be read ({e})") from None
+    rows = []
+    for where, row in numbered:
+        if isinstance(row, str) and path.suffix == ".jsonl":
+            if not row.strip():
+                continue
+            try:
+                row = json.loads(row)
+            except ValueError as e:
+                raise DataError(f"{path}:{where}: not JSON ({e})") from None
+        for key, kind in keys.items():
+            if not isinstance(row, dict) or not isinstance(row.get(key), kind) or not row[key]:
+                raise DataError(f"{path}:{where}: {key}: expected a non-empty {kind.__name__}")
+        rows.append(row)
+    if not rows:
+        raise DataError(f"{path}: holds no rows")
+    return rows
+
+
+def _load_real(folder: Path) -> Task:
+    """corpus.jsonl with questions.jsonl (HotpotQA) or hover_*.json (HoVer; its claims over four articles if any are)."""
+    articles = {r["title"]: r["text"] for r in _rows(folder / "corpus.jsonl", {"title": str, "text": str})}
+    if hover := sorted(folder.glob("hover_*.json")):
+        rows = _rows(hover[0], {"claim": str, "supporting_facts": list})
+        claims = [{"claim": r["claim"], "titles": sorted({fact[0] for fact in r["supporting_facts"]})} for r in rows]
+        claims = [c for c in claims if len(c["titles"]) >= 4] or claims
+    else:
+        rows = _rows(folder / "questions.jsonl", {"question": str, "titles": list})
+        claims = [{"claim": r["question"], "titles": r["titles"]} for r in rows]
+    claims = [c for c in claims if all(t in articles for t in c["titles"])]
+    if len(claims) < 4:
+        raise DataError(f"{folder}: corpus.jsonl holds the articles of only {len(claims)} claims")
+    random.Random("hover").shuffle(claims)
+    a, b = min(500, len(claims) // 2), min(1000, len(claims) * 3 // 4)
+    return Task(ResearchHop(Search(articles)), recall, train=claims[:a], dev=claims[a:b], test=claims[b:b + 500],
+                defaults={"max_tokens": 96, "max_calls": 6})

@@ -1,0 +1,156 @@
+"""Privacy-preserving delegation (PAPILLON): use a strong LM that is not trusted, without telling it private details.
+
+Two modules: craft_redacted_request turns the user's query into a request that can be sent out; an untrusted LM answers
+it; respond_to_query makes the reply from that answer. The reward is (quality + 1 - leakage) / 2, leakage being the
+share of the private details that stand in the request.
+
+In the miniature edition the untrusted LM is a rule: it writes a fitting closing line, which the reply needs and which
+only it knows, if the request says what the letter is about. Quality is the share of the target's parts (the addressee,
+the line) in the reply. The real edition (`load(folder)`) reads PUPA_New.csv; there the untrusted LM echoes the request
+and quality is word overlap with the target response: stand-ins without an LM, until an endpoint takes their place.
+"""
+import csv
+import random
+import re
+from pathlib import Path
+
+from program import ChainOfThought, DataError, Prediction, Program, Task, tool
+from tasks.world import Names
+
+
+class Papillon(Program):
+    """user_query -> the request that was sent out, and the response to the user."""
+    def __init__(self, untrusted):
+        self.untrusted = untrusted
+        self.craft_redacted_request = ChainOfThought("user_query -> llm_request", CRAFT_INSTRUCTIONS[0])
+        self.respond_to_query = ChainOfThought("related_llm_request, related_llm_response, user_query -> response",
+                                               RESPOND_INSTRUCTIONS[0])
+
+    async def forward(self, user_query: str) -> Prediction:
+        request = (await self.craft_redacted_request(user_query=user_query)).llm_request
+        answer = await tool(self.untrusted, request)
+        reply = await self.respond_to_query(related_llm_request=request, related_llm_response=answer, user_query=user_query)
+        return Prediction(llm_request=request, response=reply.response)
+
+
+# The first of each is the program's own; the others are what prompt search may choose from.
+CRAFT_INSTRUCTIONS = (
+    "Write a request for the other assistant.",
+    "Write a request without the names of people and places.",
+    "Write a request that keeps what is private out.",
+    "Pass the text on.",
+    "Ask for something.",
+    "Write a request that says what the text is about.",
+)
+RESPOND_INSTRUCTIONS = (
+    "Write the response to the user.",
+    "Write the response with the right name and the line of the other assistant.",
+    "Complete what the other assistant wrote for the user.",
+    "Say something to the user.",
+    "Pass the answer on.",
+    "Write the text that the user wants.",
+)
+
+
+def leakage(example: dict, prediction: Prediction) -> float:
+    """Share of the private details that stand, letter for letter but for case, in the request that was sent out."""
+    request = prediction.llm_request.lower()
+    return sum(unit.lower() in request for unit in example["pii"]) / len(example["pii"])
+
+
+def quality_of_parts(example: dict, prediction: Prediction) -> float:
+    return sum(part.lower() in prediction.response.lower() for part in example["parts"]) / len(example["parts"])
+
+
+def quality_of_words(example: dict, prediction: Prediction) -> float:
+    """F1 of the words of the response against those of the target."""
+    ours, target = (re.findall(r"\w+", text.lower()) for text in (prediction.response, example["target"]))
+    common = sum(min(ours.count(w), target.count(w)) for w in set(target))
+    return 2 * common / max(len(ours) + len(target), 1)
+
+
+class Reward:
+    """(quality + 1 - leakage) / 2"""
+    def __init__(self, quality):
+        self.quality = quality
+
+    def __call__(self, example: dict, prediction: Prediction) -> float:
+        return (self.quality(example, prediction) + 1 - leakage(example, prediction)) / 2
+
+
+# ------------------------------------------------------------------------------------------- the miniature edition
+
+KINDS = ("letter", "note", "card", "message")
+ROLES = ("doctor", "teacher", "lawyer", "baker", "farmer", "friend", "neighbour", "singer")
+TOPICS = ("garden", "visit", "dinner", "lesson", "repair", "party", "journey", "gift", "concert", "harvest", "picture",
+          "house", "letter", "story", "bread", "advice")
+QUERIES = {
+    "pretrain": ("Write a {kind} to my {role} {N} in {T} about the {topic}.",
+                 "I live in {T}. Write a {kind} about the {topic} to the {role} {N}.",
+                 "My {role} is {N} from {T}. Write a {kind} about the {topic}."),
+    "task": ("{N} is my {role} in {T}. Write a {kind} to {N} about the {topic}.",
+             "Write a {kind} about the {topic}, it is to the {role} {N} from {T}."),
+}
+REQUEST = "Write a {kind} to my {role} about the {topic}."
+LINE = (("calm", "small", "bright", "old", "warm", "long", "green", "kind"),
+        ("rivers", "lamps", "roads", "songs", "winds", "stones", "hands", "days"),
+        ("run", "shine", "bring", "hold", "carry", "meet", "follow", "keep"),
+        ("slowly", "early", "together", "again", "far", "home", "well", "always"))
+
+
+def line_about(topic: str, salt: str = "") -> str:
+    """The line that the untrusted LM knows for a topic: four words that nothing but the topic tells."""
+    rng = random.Random(f"{salt} {topic}")
+    return " ".join(rng.choice(words) for words in LINE)
+
+
+def untrusted(request: str, salt: str = "") -> str:
+    """The rule that stands for the untrusted LM."""
+    said = re.findall(r"[a-z]+", request.lower())
+    topic = next((w for w in reversed(said) if w in TOPICS), None)
+    if topic is None:
+        return "What is it about?"
+    return f"Dear {next((w for w in said if w in ROLES), 'friend')}, {line_about(topic, salt)}."
+
+
+def query(rng: random.Random, names: Names, salt: str = "") -> dict:
+    """A user's query with its private details, what a good request says, and the parts that a good reply has."""
+    values = {"kind": rng.choice(KINDS), "role": rng.choice(ROLES), "topic": rng.choice(TOPICS), "N": names(), "T": names()}
+    return {"user_query": rng.choice(QUERIES[names.half]).format(**values), "pii": [values["N"], values["T"]],
+            "request": REQUEST.format(**values), "parts": [f"Dear {values['N']}", line_about(values["topic"], salt)]}
+
+
+def load(folder: str = "") -> Task:
+    """The task: miniature where `folder` is empty, else the data in it. Raises DataError naming file and line."""
+    if folder:
+        return _load_real(Path(folder))
+    rng = random.Random("papillon")
+    names = Names(rng, "task")
+    examples = [query(rng, names) for _ in range(500)]
+    return Task(Papillon(untrusted), Reward(quality_of_parts), train=examples[:240], dev=examples[240:360],
+                test=examples[360:], defaults={"max_tokens": 64, "max_calls": 2})
+
+
+# ------------------------------------------------------------------------------------------------- the real edition
+
+def _load_real(folder: Path) -> Task:
+    """111 train, 221 dev and 221 test rows of PUPA, as many as in the paper, in an order fixed by a seed."""
+    path = folder / "PUPA_New.csv"
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            rows = [(reader.line_num, row) for row in reader]
+    except (OSError, ValueError, csv.Error) as e:
+        raise DataError(f"{path}: cannot be read ({e})") from None
+    examples = []
+    for line, row in rows:
+        if missing := [k for k in ("user_query", "target_response", "pii_units") if not row.get(k)]:
+            raise DataError(f"{path}:{line}: {missing[0]} is empty or missing")
+        examples.append({"user_query": row["user_query"], "target": row["target_response"],
+                         "pii": [u for u in row["pii_units"].split("||") if u]})
+    if len(examples) < 4:
+        raise DataError(f"{path}: holds only {len(examples)} rows")
+    random.Random("papillon").shuffle(examples)
+    a, b, c = (min(n, round(len(examples) * share)) for n, share in ((111, 0.2), (332, 0.6), (553, 1)))
+    return Task(Papillon(lambda request: request), Reward(quality_of_words), train=examples[:a], dev=examples[a:b],
+                test=examples[b:c], defaults={"max_tokens": 128, "max_calls": 2})

@@ -1,0 +1,335 @@
+"""The tiny LM, from nothing: `make pretrain` writes its text, trains its tokenizer and its weights, and saves it.
+
+The text is scripted runs of the three tasks' own programs in the half of the world that the tasks never use. A script
+answers each call well or badly; how often well depends on the module's instruction and on the demos in its prompt, so
+that the LM comes to follow the format, to react to prompts, and to be mediocre at the tasks. What it then gains by
+training on rewards was not in its text.
+"""
+import argparse
+import copy
+import json
+import random
+import re
+import sys
+import time
+from pathlib import Path
+
+import tokenizers
+import torch
+import torch.nn.functional as F
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from model import ModelConfig, Tokenizer, Transformer, inverse_frequencies, save_pretrained
+from program import Module, Prediction, Program, render_outputs, tool
+from tasks import banking77, hover, papillon
+from tasks.world import WORDS, Names
+
+# ------------------------------------------------------------------------------------------------ scripted answers
+
+GOOD = (0.40, 0.90, 0.80, 0.05, 0.15, 0.60)        # chance of a good answer under each instruction of a module
+NAME = re.compile(r"\b[A-Z][a-z]{4} [A-Z][a-z]{4}\b")
+
+
+def write_query(rng, claim, good, inputs, seen) -> dict:
+    """The next name that the claim's articles have revealed, or something that does not help."""
+    known = " ".join([claim["claim"], *inputs["key_facts"]])
+    names = list(dict.fromkeys(NAME.findall(known)))
+    fresh = [n for n in claim["titles"] + claim["named"] + names if n in known and n not in seen] or names
+    query = fresh[0] if good else rng.choice((
+        names[0], rng.choice(names), rng.choice(names).split()[0], " ".join(claim["claim"].split()[1:4]),
+        rng.choice(sorted(seen) or names)))
+    return {"reasoning": rng.choice(("{} comes next.", "The next article is {}.", "I need {} now.")).format(query),
+            "query": query}
+
+
+def write_note(rng, claim, good, inputs, seen) -> dict:
+    """The passage that leads on, or another one, or nothing of use."""
+    passages = dict(p.split(" | ", 1) for p in inputs["search_results"])
+    useful = [t for t in claim["titles"] if t in passages] or list(passages)
+    title = useful[0] if good else rng.choice(list(passages))
+    note = passages[title] if good or rng.random() < 0.5 else rng.choice(
+        (f"{title} is here.", "There is nothing new.", " ".join(passages[title].split()[:4])))
+    return {"reasoning": rng.choice(("The result about {} helps.", "{} is in the claim.", "I note {}.")).format(title),
+            "new_key_fact": note}
+
+
+def write_intent(rng, example, good, inputs, seen) -> dict:
+    """The right intent, or that of the thing mentioned in passing, or a trouble taken for its neighbour."""
+    thing, trouble = example["intent"].split("_")
+    troubles = list(banking77.TROUBLES["task"])
+    if not good and example["mentioned"] and rng.random() < 0.7:
+        thing = example["mentioned"]
+    elif not good:
+        trouble = troubles[troubles.index(trouble) - 1] if rng.random() < 0.7 else rng.choice(troubles)
+    return {"reasoning": rng.choice(("The text is about the {}.", "It is the {}.", "There is trouble with the {}.")).format(thing),
+            "intent": f"{thing}_{trouble}"}
+
+
+def write_request(rng, example, good, inputs, seen) -> dict:
+    """A request that says what the text is about and no name, or the user's own words, or too little."""
+    name, request = example["pii"][0], example["request"]
+    role = request.split("my ")[1].split()[0]
+    bad = (inputs["user_query"], inputs["user_query"], inputs["user_query"], request.replace("my", f"{name}, my", 1),
+           " ".join(request.split()[:3]) + ".")
+    return {"reasoning": rng.choice(("The text is for a {}.", "A {} is to read it.", "It goes to a {}.")).format(role),
+            "llm_request": request if good else rng.choice(bad)}
+
+
+def write_response(rng, example, good, inputs, seen) -> dict:
+    """The other assistant's line addressed to the right name, or its answer as it is, or something short of the line."""
+    (name, town), answer = example["pii"], inputs["related_llm_response"]
+    line = answer.split(", ", 1)[-1]
+    bad = (answer, answer, answer, f"Dear {town}, {line}", f"Dear {name}, thank you.", f"Dear {name.split()[0]}.")
+    return {"reasoning": rng.choice(("The answer speaks of {}.", "It says {}.", "I pass on {}.")).format(line.rstrip(".")),
+            "response": f"Dear {name}, {line}" if good else rng.choice(bad)}
+
+
+SCRIPTS = {"generate_query": (hover.QUERY_INSTRUCTIONS, write_query), "append_notes": (hover.NOTE_INSTRUCTIONS, write_note),
+           "classify": (banking77.INSTRUCTIONS, write_intent),
+           "craft_redacted_request": (papillon.CRAFT_INSTRUCTIONS, write_request),
+           "respond_to_query": (papillon.RESPOND_INSTRUCTIONS, write_response)}
+
+
+def slip(rng, completion: str) -> str:
+    """A completion with a fault in its format."""
+    tags = re.findall(r"<\w+>", completion)
+    return rng.choice((completion.rsplit("\n", 1)[0], completion.split("\n\n")[0], completion.replace(tags[-1], tags[0]),
+                       re.sub(r"</?\w+>", "", completion).strip(), completion.split("\n\n")[-1]))
+
+
+class Writer:
+    """Calls of scripted runs: (messages, completion), in an order that mixes tasks, examples and modules."""
+    def __init__(self, rng: random.Random):
+        self.rng = rng
+        self.past: dict[str, dict[bool, list]] = {m: {True: [], False: []} for m in SCRIPTS}      # answers to make demos of
+
+    def calls(self) -> list[tuple[list[dict], str]]:
+        """A small world's worth of calls."""
+        rng, result = self.rng, []
+        wiki = hover.Wiki(rng, "pretrain", rng.choice((60, 120, 240)))
+        search = hover.Search(wiki.articles)
+        names = Names(rng, "pretrain")
+        for _ in range(10):
+            claim = wiki.claim()
+            result += self._run(hover.ResearchHop(search), {"claim": claim["claim"]}, claim)
+        for _ in range(32):
+            example = banking77.query(rng, "pretrain")
+            result += self._run(banking77.Classify(banking77.LABELS), {"text": example["text"]}, example)
+        for _ in range(12):
+            salt = str(rng.random())
+            example = papillon.query(rng, names, salt)
+            result += self._run(papillon.Papillon(lambda request: papillon.untrusted(request, salt)),
+                                {"user_query": example["user_query"]}, example)
+        rng.shuffle(result)
+        return result
+
+    def _run(self, program: Program, inputs: dict, example: dict) -> list[tuple[list[dict], str]]:
+        """Play the program's own coroutine with scripted answers."""
+        rng, calls, seen, chance = self.rng, [], set(), {}
+        names = {m: name for name, m in program.modules().items()}
+        for module, name in names.items():
+            chance[name] = self._prompt(name, module)
+        coroutine, value = program.forward(**inputs), None
+        while True:
+            try:
+                asked = coroutine.send(value)
+            except StopIteration:
+                return calls
+            if isinstance(asked, tool):
+                value = asked.fn(*asked.args)
+                continue
+            name, module = names[asked.module], asked.module
+            seen |= {p.split(" | ")[0] for p in asked.inputs.get("search_results", ())}
+            good = rng.random() < chance[name]
+            outputs = SCRIPTS[name][1](rng, example, good, asked.inputs, seen)
+            completion = render_outputs(module.signature, outputs)
+            calls.append((module.messages(asked.inputs), slip(rng, completion) if rng.random() < 0.04 else completion))
+            self.past[name][good] = self.past[name][good][-20:] + [asked.inputs | outputs]
+            value = Prediction(outputs)
+
+    def _prompt(self, name: str, module: Module) -> float:
+        """Give the module an instruction and perhaps demos; the chance of a good answer that goes with them."""
+        rng, instructions = self.rng, SCRIPTS[name][0]
+        which = rng.choice((0, 0, 0, 1, 2, 3, 4, 5))
+        module.instruction, chance = instructions[which], GOOD[which]
+        demos = self.past[name][helpful := rng.random() < 0.5]
+        if demos and rng.random() < 0.2:
+            module.demos = rng.sample(demos, min(len(demos), rng.choice((1, 2))))
+            chance = max(chance, 0.85) if helpful else min(chance, 0.10)
+        return chance
+
+
+# ------------------------------------------------------------------------------------------------------- tokenizer
+
+# Tags with their line breaks, lower-case words with the space before them, capitalised words without: a name is the
+# same tokens wherever it stands.
+PATTERN = r"\n?</?\w+>\n*| ?[a-z_]+|[A-Z][a-z]*|[0-9]| ?[^\s\w]+|\s+(?!\S)|\s"
+TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def build_tokenizer(folder: Path) -> Tokenizer:
+    """Train a byte-level BPE on a sample of the text; write tokenizer.json and its companions."""
+    writer = Writer(random.Random("tokenizer"))
+    texts = [t for _ in range(40) for messages, completion in writer.calls()
+             for t in [*(m["content"] for m in messages), completion]] + [" ".join(WORDS)] * 60
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated"),
+                                                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=2048, min_frequency=10, show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"]))
+    folder.mkdir(parents=True, exist_ok=True)
+    bpe.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+         "chat_template": TEMPLATE}, indent=2) + "\n")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0], "pad_token_id": 0}, indent=2) + "\n")
+    return Tokenizer(folder)
+
+
+# ------------------------------------------------------------------------------------------------------- the weights
+
+SHAPE = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 128, "intermediate_size": 384,
+         "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32, "rms_norm_eps": 1e-6,
+         "rope_theta": 10000.0, "max_position_embeddings": 4096, "tie_word_embeddings": True, "hidden_act": "silu",
+         "attention_bias": False, "bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0}
+
+
+@torch.no_grad()
+def initialize(model: Transformer, generator: torch.Generator) -> None:
+    """Weights that can nearly copy, an induction circuit laid out by hand; with ordinary ones the LM learns the format
+    in minutes and the copying of names, which is the whole difficulty, not within the hour.
+
+    Heads of layer 0 look at the token before (a constant embedding dimension, turned one step by the RoPE phase) and
+    write it, turned by P, beside the token itself. Later heads look where that copy matches the token at hand, so at
+    what followed it, and write that token out.
+    """
+    D, d = model.config.hidden_size, model.config.head_dim
+    normal = lambda w, std: w.normal_(0, std, generator=generator)
+    normal(model.embed_tokens.weight, 1.0)
+    model.embed_tokens.weight[:, 0] = 4.0
+    model.norm.weight.fill_(0.15)
+    P = torch.linalg.qr(normal(torch.empty(D, D), 1.0))[0]
+    for i, block in enumerate(model.layers):
+        a, m = block.self_attn, block.mlp
+        for linear in (a.q_proj, a.k_proj, a.v_proj, m.gate_proj, m.up_proj):
+            normal(linear.weight, D**-0.5)
+        m.down_proj.weight.zero_()
+        a.q_norm.weight.fill_(2.0), a.k_norm.weight.fill_(2.0)
+        a.o_proj.weight.copy_((P if i == 0 else torch.eye(D)) @ a.v_proj.weight.t())
+        if i > 0:
+            a.k_proj.weight.copy_(a.q_proj.weight @ P.t())
+            continue
+        step = inverse_frequencies(model.config, P.device)[:4]
+        for h in range(model.config.heads):
+            phase = normal(torch.empty(4), 6.0)
+            for linear, angle in ((a.k_proj, phase), (a.q_proj, phase - step)):
+                w = linear.weight[h * d:(h + 1) * d]
+                w[:, 1:] *= 0.2
+                w[:, 0] = 0.0
+                w[:4, 0], w[d // 2:d // 2 + 4, 0] = 0.6 * angle.cos(), 0.6 * angle.sin()
+
+
+def copying(rng: random.Random, vocabulary: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """ids (B, T) of random chunks that come again and again, and which of them (B, T) the past determines."""
+    T = rng.choice((256,) * 7 + (1024,))
+    rows = []
+    for _ in range(tokens // T):
+        chunk = lambda low, high: [rng.randrange(3, vocabulary) for _ in range(rng.randint(low, high))]
+        chunks, told, row = [chunk(2, 8) for _ in range(rng.randint(4, 20))], set(), []
+        while len(row) < T:
+            row += [(x, False) for x in chunk(0, 5) if rng.random() < 0.3]
+            c = rng.randrange(len(chunks))
+            row += [(x, c in told and j > 0) for j, x in enumerate(chunks[c])]
+            told.add(c)
+        rows.append(row[:T])
+    return torch.tensor([[x for x, _ in row] for row in rows]), torch.tensor([[y for _, y in row] for row in rows])
+
+
+def calls(rng: random.Random, writer: Writer, tokenizer: Tokenizer, tokens: int):
+    """Batches without end: ids (B, T), and which of them (B, T) are learned: all of completions, 30% of prompts."""
+    while True:
+        pool = [(tokenizer.encode_chat(m), tokenizer.encode(c) + [tokenizer.control["<|im_end|>"]])
+                for _ in range(8) for m, c in writer.calls()]
+        pool.sort(key=lambda pc: len(pc[0]) + len(pc[1]))
+        batches = []
+        while pool:
+            width = len(pool[-1][0]) + len(pool[-1][1])
+            batches.append(pool[-max(1, tokens // width):])
+            pool = pool[:-len(batches[-1])]
+        rng.shuffle(batches)
+        for batch in batches:
+            width = max(len(p) + len(c) for p, c in batch)
+            pad = lambda p, c: [0] * (width - len(p) - len(c))
+            yield (torch.tensor([p + c + pad(p, c) for p, c in batch]),
+                   torch.tensor([[rng.random() < 0.3 for _ in p] + [True] * len(c) + [False] * len(pad(p, c)) for p, c in batch]))
+
+
+def attention_bf16(layer, q, k, v):
+    """Plain matrix products in bf16: at these sizes twice as fast, forward and backward, as the fused kernel on CPU."""
+    T = q.shape[2]
+    hidden = torch.full((T, T), -torch.inf, dtype=torch.bfloat16).triu(1)
+    q, k, v = ((x * s).bfloat16() for x, s in ((q, q.shape[-1]**-0.5), (k, 1), (v, 1)))
+    return (q @ k.transpose(-1, -2) + hidden).softmax(-1) @ v
+
+
+def loss_of(model: Transformer, ids: Tensor, learned: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model(ids[:, :-1], attend=attention_bf16)[learned[:, 1:]]
+        return F.cross_entropy(F.linear(hidden, model.head).float(), ids[:, 1:][learned[:, 1:]])
+
+
+@torch.no_grad()
+def name_accuracy(model: Transformer, tokenizer: Tokenizer, batches) -> float:
+    """How often the second word of a name in a completion, which the first one tells, is the likeliest token."""
+    words = torch.zeros(tokenizer.size, dtype=torch.bool)
+    words[[tokenizer.encode(w)[0] for w in WORDS]] = True
+    right = []
+    for _ in range(4):
+        ids, learned = next(batches)
+        second = learned.clone()
+        second[:, 2:] &= words[ids[:, 2:]] & words[ids[:, :-2]]
+        second[:, :2] = False
+        guess = model.logits(model(ids[:, :-1])).argmax(-1)
+        right.append((guess == ids[:, 1:])[second[:, 1:]].float())
+    return torch.cat(right).mean().item()
+
+
+def main(out: Path, steps: int, tokens: int, warmup: int = 150) -> None:
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    tokenizer = build_tokenizer(out)
+    model = Transformer(ModelConfig.from_hf(SHAPE | {"vocab_size": tokenizer.size}))
+    initialize(model, torch.Generator().manual_seed(0))
+    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n]
+    optimizers = [torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0),            # torch 2.9 or later
+                  torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0)]
+    schedule = lambda step: min(1, (step + 1) / 50, max(0.02, 2 * (1 - step / steps)))
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, schedule) for o in optimizers]
+    batches = calls(rng, Writer(rng), tokenizer, tokens)
+    held_out = calls(random.Random("held out"), Writer(random.Random("held out")), tokenizer, tokens)
+    began = time.perf_counter()
+    for step in range(steps):
+        induction = step < warmup or step % 4 == 0
+        loss = loss_of(model, *(copying(rng, tokenizer.size, tokens) if induction else next(batches)))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for o, s in zip(optimizers, schedules):
+            o.step(), o.zero_grad(), s.step()
+        if (step + 1) % 250 == 0 or step + 1 == steps:
+            print(f"step {step + 1}/{steps}  {time.perf_counter() - began:.0f} s  loss {loss.item():.3f}  "
+                  f"names {name_accuracy(model, tokenizer, held_out):.3f}", flush=True)
+            save_pretrained(copy.deepcopy(model).bfloat16(), tokenizer, out)       # half the size; read back as fp32
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny")
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--tokens", type=int, default=8192, help="per step")
+    main(**vars(parser.parse_args()))

@@ -1,0 +1,37 @@
+"""Names of the miniature world: two invented words each, in two halves that share no name.
+
+The tiny LM's pretraining text is written with names of the half "pretrain", the tasks' train, dev and test examples
+with names of the half "task": it knows every word, and none of the names it will meet.
+"""
+import random
+import zlib
+
+
+def _words(count: int = 500) -> list[str]:
+    """Pronounceable words of five letters, the same ones always."""
+    rng, found = random.Random("words"), {}
+    while len(found) < count:
+        found["".join(rng.choice("BDFGHJKLMNPRSTVZ" if i == 0 else "bdfghjklmnprstvz") + rng.choice("aeiou")
+                      for i in range(2)) + rng.choice("klmnr")] = True
+    return list(found)
+
+
+WORDS = _words()
+
+
+def half_of(name: str) -> str:
+    """Which half of the world a name belongs to: a property of the name alone."""
+    return "task" if zlib.crc32(name.encode()) % 10 < 4 else "pretrain"
+
+
+class Names:
+    """A supply of names of one half, each given once."""
+    def __init__(self, rng: random.Random, half: str):
+        self.rng, self.half, self.given = rng, half, set()
+
+    def __call__(self) -> str:
+        while True:
+            name = " ".join(self.rng.sample(WORDS, 2))
+            if half_of(name) == self.half and name not in self.given:
+                self.given.add(name)
+                return name
