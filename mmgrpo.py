@@ -19,13 +19,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import importlib
 import importlib.util
 import json
 import math
 import random
+import re
 import sys
 import time
+import traceback
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,13 +38,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import CheckpointError, KVCache, Tokenizer, Transformer, load_pretrained, save_pretrained
-from program import (STATUSES, Call, Completion, DataError, ProgramError, PromptError, Task, Trajectory, run_programs,
-                     show, statuses)
-
-
-class ConfigError(ValueError):
-    """An option or an input file that cannot be used; the message names it."""
-
+from program import Completion, InputError, ProgramError, Task, Trajectory, run_programs, show, statuses
+from report import measure, plot, read_trajectories
 
 # ------------------------------------------------------------------------------------------------- configuration
 
@@ -61,6 +57,7 @@ class Config:
     out: str = ""                   # folder of the run; empty: runs/<task>
     seed: int = 0                   # everything random follows from it
     device: str = ""                # cpu or cuda; empty: cuda where there is one
+    dtype: str = "float32"          # of the weights that sample and score: float32 or bfloat16; masters are float32
     # rollouts
     examples: int = 8               # B, training examples a step
     rollouts: int = 8               # R, runs of the program per example
@@ -90,7 +87,7 @@ class Config:
     inner_epochs: int = 1           # updates on the same rollouts
     lr: float = 5e-4                # of AdamW
     warmup: int = 5                 # steps of linear warm-up
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0       # of AdamW
     clip_norm: float = 1.0          # the gradient's norm is clipped to this
     batch_tokens: int = 8192        # tokens per micro-batch, padding included
     # evaluation
@@ -102,17 +99,15 @@ class Config:
     def __post_init__(self):
         choices = {"level": ("call", "trajectory"), "short_groups": ("keep", "truncate", "fill"),
                    "baseline": ("group", "example"), "scale_rewards": ("std", "none"),
-                   "normalize": ("sequence", "token", "constant"), "split": ("train", "dev", "test")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"--{name.replace('_', '-')}: {getattr(self, name)!r} is none of {', '.join(allowed)}")
-        least = dict.fromkeys(("examples", "rollouts", "max_tokens", "max_calls", "slots", "inner_epochs", "batch_tokens",
-                               "eval_every"), 1) | dict.fromkeys(
-            ("steps", "warmup", "temperature", "top_k", "top_p", "group_size", "clip_low", "clip_high", "beta", "lr",
-             "weight_decay", "clip_norm", "eval_examples", "interrupt", "index"), 0)
-        for name, low in least.items():
-            if not low <= getattr(self, name) < math.inf:
-                raise ConfigError(f"--{name.replace('_', '-')}: {getattr(self, name)} is not at least {low}")
+                   "normalize": ("sequence", "token", "constant"), "split": ("train", "dev", "test"), "dtype": ("float32", "bfloat16")}
+        positive = ("examples", "rollouts", "max_tokens", "max_calls", "slots", "inner_epochs", "batch_tokens", "eval_every")
+        for f in dataclasses.fields(self):
+            value, flag = getattr(self, f.name), f"--{f.name.replace('_', '-')}"
+            if f.name in choices and value not in choices[f.name]:
+                raise InputError(f"{flag}: {value!r} is none of {', '.join(choices[f.name])}")
+            low = 1 if f.name in positive else -math.inf if f.name in ("failure_score", "format_failure_score") else 0
+            if f.type in ("int", "float") and not low <= value < math.inf:
+                raise InputError(f"{flag}: {value} is not a number of at least {low}")
 
 
 # ------------------------------------------------------------------------------------------------------- sampler
@@ -138,82 +133,76 @@ def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_k: in
     return token[:, 0], logp.gather(1, token)[:, 0]
 
 
-@dataclass
-class _Sequence:
-    ticket: int
-    prompt: list[int]
-    limit: int                      # tokens that may be sampled
-    uniforms: np.ndarray            # [limit] in [0, 1)
-
-
 class Sampler:
-    """Continuous batching over S slots of a KV cache: waiting -> live -> finished.
+    """Continuous batching over S slots of a KV cache: waiting -> live -> done.
 
     Live sequences are in slots 0..n-1. Each `advance` refills free slots from the waiting prompts (one prefill for
-    equal ones), then decodes one token for every live sequence; a finished one's slot is taken by the last. Token t of
-    a request is drawn with the t-th number of a Philox stream seeded by the request's key, so its batch-mates do not
+    equal ones), then decodes one token for every live sequence; the last one moves into a finished one's slot. Token t
+    of a request is drawn with the t-th number of a Philox stream seeded by the request's key, so its batch-mates do not
     matter. Nothing is cached beyond the live sequences, so nothing survives an update of the weights.
     """
     def __init__(self, model: Transformer, tokenizer: Tokenizer, *, slots: int = 64, max_tokens: int = 128,
                  temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, prefill_tokens: int = 8192):
-        self.model, self.tokenizer, self.max_tokens, self.slots = model, tokenizer, max_tokens, slots
-        self.draw = lambda logits, u: sample_tokens(logits, u, temperature, top_k, top_p)
-        self.prefill_tokens = prefill_tokens
+        self.model, self.tokenizer, self.slots, self.max_tokens = model, tokenizer, slots, max_tokens
+        self.temperature, self.top_k, self.top_p, self.prefill_tokens = temperature, top_k, top_p, prefill_tokens
         self.device, self.context = model.head.device, model.config.max_positions
-        self.waiting: deque[_Sequence] = deque()
-        self.live: list[_Sequence] = []
-        self.unfit: list[_Sequence] = []
-        self.tickets = self.seconds = 0
-        self.cache = KVCache(model.config, slots, 0)
+        self.waiting: deque[tuple[int, list[int], np.ndarray]] = deque()    # ticket, prompt, uniform numbers
+        self.live: list[tuple[int, list[int]]] = []                         # slot -> ticket, prompt
+        self.done: list[tuple[int, Completion]] = []
+        self.tickets, self.seconds = 0, 0.0
+        self.cache = KVCache(model.config, slots, 0, self.device, model.head.dtype)
         new = lambda dtype, *shape: torch.zeros(slots, *shape, dtype=dtype, device=self.device)
         self.tokens, self.logprobs = new(torch.long, max_tokens), new(torch.float, max_tokens)
-        self.uniforms = new(torch.double, max_tokens)
-        self.count, self.limit = new(torch.long), new(torch.long)      # tokens sampled, and how many may be
+        self.uniforms, self.count, self.limit = new(torch.double, max_tokens), new(torch.long), new(torch.long)
         self.ends = torch.zeros(tokenizer.size, dtype=torch.bool, device=self.device)
         self.ends[list(tokenizer.end_ids)] = True
 
     def submit(self, messages: list[dict], key: tuple) -> int:
+        """Take a prompt; a prompt that leaves no room in the context is done at once, with no token."""
         prompt = self.tokenizer.encode_chat(messages)
         limit = min(self.max_tokens, self.context - len(prompt))
         seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=16).digest(), "little")
-        uniforms = np.random.Generator(np.random.Philox(key=seed)).random(max(limit, 0))
         self.tickets += 1
-        (self.waiting if limit > 0 else self.unfit).append(_Sequence(self.tickets, prompt, limit, uniforms))
+        if limit > 0:
+            self.waiting.append((self.tickets, prompt, np.random.Generator(np.random.Philox(key=seed)).random(limit)))
+        else:
+            self.done.append((self.tickets, Completion(prompt, [], [], "length")))
         return self.tickets
 
     @torch.no_grad()
     def advance(self) -> list[tuple[int, Completion]]:
+        """Refill the slots, decode a token; return the requests that are done as (ticket, Completion)."""
         began = time.perf_counter()
-        done = [(s.ticket, Completion(s.prompt, [], [], "length")) for s in self.unfit]
-        self.unfit.clear()
         if self.waiting and len(self.live) < self.slots:
-            done += self._admit()
+            self._admit()
+            self._collect()
         if self.live:
-            done += self._decode()
+            self._decode()
+            self._collect()
         self.seconds += time.perf_counter() - began
+        done, self.done = self.done, []
         return done
 
-    def _admit(self) -> list[tuple[int, Completion]]:
+    def _admit(self):
         """Prefill waiting prompts into the free slots, and sample the first token of each."""
-        fresh = range(len(self.live), min(self.slots, len(self.live) + len(self.waiting)))
-        self.live += [self.waiting.popleft() for _ in fresh]
-        self._reserve(max(len(self.live[i].prompt) + self.live[i].limit for i in fresh))
-        same = defaultdict(list)                                       # prompt -> slots that ask for it
-        for i in fresh:
-            s = self.live[i]
-            same[tuple(s.prompt)].append(i)
-            self.uniforms[i, :s.limit] = torch.from_numpy(s.uniforms)
-            self.count[i], self.limit[i], self.cache.lengths[i] = 0, s.limit, len(s.prompt)
+        same = defaultdict(list)                                            # prompt -> slots that ask for it
+        for slot in range(len(self.live), min(self.slots, len(self.live) + len(self.waiting))):
+            ticket, prompt, uniforms = self.waiting.popleft()
+            self.live.append((ticket, prompt))
+            same[tuple(prompt)].append(slot)
+            self.uniforms[slot, :len(uniforms)] = torch.from_numpy(uniforms)
+            self.count[slot], self.limit[slot] = 0, len(uniforms)
         prompts = sorted(same, key=len)
+        self._reserve(len(prompts[-1]) + self.max_tokens)
         while prompts:
             width = len(prompts[-1])
             batch = [prompts.pop() for _ in range(max(1, min(len(prompts), self.prefill_tokens // width)))]
             ids = torch.tensor([[*p, *[0] * (width - len(p))] for p in batch], device=self.device)
-            slots = torch.tensor([i for p in batch for i in same[p]], device=self.device)
-            rows = torch.tensor([r for r, p in enumerate(batch) for _ in same[p]], device=self.device)
+            slots, rows, ends = torch.tensor([(s, r, len(p)) for r, p in enumerate(batch) for s in same[p]],
+                                             device=self.device).unbind(1)
             hidden = self.model(ids, attend=self.cache.prefill(slots, rows))
-            self._append(hidden[rows, self.cache.lengths[slots] - 1], slots)
-        return self._collect()
+            self.cache.lengths[slots] = ends
+            self._sample(hidden[rows, ends - 1], slots)
 
     def _reserve(self, size: int):
         """Let the cache hold sequences of `size` tokens."""
@@ -222,39 +211,37 @@ class Sampler:
             self.cache = KVCache(self.model.config, self.slots, size, self.device, self.model.head.dtype)
             self.cache.kv[:, :, :, :, :old.kv.shape[4]], self.cache.lengths[:] = old.kv, old.lengths
 
-    def _decode(self) -> list[tuple[int, Completion]]:
+    def _decode(self):
         n = len(self.live)
-        slots = torch.arange(n, device=self.device)
+        slots, positions = torch.arange(n, device=self.device), self.cache.lengths[:n, None]
         last = self.tokens[slots, self.count[:n] - 1]
-        longest = int(self.cache.lengths[:n].max()) + 1
-        hidden = self.model(last[:, None], self.cache.lengths[:n, None], self.cache.decode(n, longest))
+        hidden = self.model(last[:, None], positions, self.cache.decode(n, int(positions.max()) + 1))
         self.cache.lengths[:n] += 1
-        self._append(hidden[:, 0], slots)
-        return self._collect()
+        self._sample(hidden[:, 0], slots)
 
-    def _append(self, hidden: Tensor, slots: Tensor):
-        """Sample one token for each of `slots` from hidden (n, D); ids that the tokenizer lacks cannot be drawn."""
+    def _sample(self, hidden: Tensor, slots: Tensor):
+        """Draw one token for each of `slots` from hidden (n, D); ids that the tokenizer lacks cannot be drawn."""
         at = self.count[slots]
-        token, logprob = self.draw(F.linear(hidden, self.model.head[:self.tokenizer.size]), self.uniforms[slots, at])
-        self.tokens[slots, at], self.logprobs[slots, at], self.count[slots] = token, logprob, at + 1
+        logits = F.linear(hidden, self.model.head[:self.tokenizer.size])
+        self.tokens[slots, at], self.logprobs[slots, at] = sample_tokens(
+            logits, self.uniforms[slots, at], self.temperature, self.top_k, self.top_p)
+        self.count[slots] = at + 1
 
-    def _collect(self) -> list[tuple[int, Completion]]:
+    def _collect(self):
         """Take finished sequences out; the last live one moves into each gap."""
         n = len(self.live)
         ended = self.ends[self.tokens[torch.arange(n, device=self.device), self.count[:n] - 1]]
-        done = []
         for i in (ended | (self.count[:n] >= self.limit[:n])).nonzero()[:, 0].tolist()[::-1]:
-            s, T, stop = self.live[i], int(self.count[i]), bool(ended[i])
-            ids = self.tokens[i, :T].tolist()
-            text = self.tokenizer.decode(ids[:-1] if stop else ids)
-            done.append((s.ticket, Completion(s.prompt, ids, self.logprobs[i, :T].tolist(), "stop" if stop else "length", text)))
+            (ticket, prompt), count, stop = self.live[i], int(self.count[i]), bool(ended[i])
+            ids, logprobs = self.tokens[i, :count].tolist(), self.logprobs[i, :count].tolist()
+            text = self.tokenizer.decode(ids[:count - stop])
+            self.done.append((ticket, Completion(prompt, ids, logprobs, "stop" if stop else "length", text)))
             last = self.live.pop()
             if i < len(self.live):
                 self.live[i] = last
                 self.cache.move(len(self.live), i)
-                for x in (self.tokens, self.logprobs, self.uniforms, self.count, self.limit):
-                    x[i] = x[len(self.live)]
-        return done[::-1]
+                for state in (self.tokens, self.logprobs, self.uniforms, self.count, self.limit):
+                    state[i] = state[len(self.live)]
 
 
 # ------------------------------------------------------------------------------- groups and advantages (Eq. 1, 2)
@@ -294,7 +281,8 @@ def group_calls(trajectories: list[Trajectory], short_groups: str = "keep", grou
     for example, indices in runs.items():
         indices.sort(key=lambda i: trajectories[i].rollout)
         if level == "trajectory":
-            places = {("", 0): {i: tuple(range(len(trajectories[i].calls))) for i in indices if trajectories[i].calls}}
+            whole = {i: tuple(range(len(trajectories[i].calls))) for i in indices if trajectories[i].calls}
+            places = {("", 0): whole} if whole else {}
         else:
             places = _places(trajectories, indices, short_groups, seed)
         for (module, invocation), calls in places.items():
@@ -464,172 +452,137 @@ def batch_logprobs(model: Transformer, batch: list[Row], temperature: float, voc
     The ids are the sampler's own, padded on the right. The hidden state that predicts token t of a completion stands at
     position len(prompt) - 1 + t; only those N states reach the vocabulary projection.
     """
-    device = model.head.device
+    tensor = lambda x: torch.tensor(x, device=model.head.device)
     sequences = [r.completion.prompt_ids + r.completion.token_ids for r in batch]
     width = max(map(len, sequences)) - 1
-    ids = torch.tensor([s[:-1] + [0] * (width + 1 - len(s)) for s in sequences], device=device)           # (B, T)
-    at = [(b, len(r.completion.prompt_ids) - 1 + t) for b, r in enumerate(batch) for t in range(len(r.completion.token_ids))]
-    row, column = torch.tensor(at, device=device).unbind(1)
-    targets = torch.tensor([i for r in batch for i in r.completion.token_ids], device=device)             # (N,)
-    return token_logprobs(model(ids)[row, column], model.head[:vocabulary], targets, temperature)
+    hidden = model(tensor([s[:-1] + [0] * (width + 1 - len(s)) for s in sequences]))                   # (B, T, D)
+    row, column, targets = tensor([(b, len(r.completion.prompt_ids) - 1 + t, i) for b, r in enumerate(batch)
+                                   for t, i in enumerate(r.completion.token_ids)]).unbind(1)           # (N,) each
+    return token_logprobs(hidden[row, column], model.head[:vocabulary], targets, temperature)
 
 
-def accumulate(model: Transformer, rows: list[Row], config: Config, vocabulary: int, reference: Transformer | None = None) -> dict:
-    """Leave the gradient of the step's loss in the parameters; return its parts. The optimizer is not touched."""
-    device, stats = model.head.device, Counter()
-    total, norms = None, {}
-    for module in sorted({r.module for r in rows}):                 # by module, to see what each contributes
-        model.zero_grad(set_to_none=True)
+def step_gradient(model: Transformer, rows: list[Row], config: Config, vocabulary: int,
+                  reference: Transformer | None = None) -> tuple[list[Tensor], dict]:
+    """The gradient of the step's loss, one fp32 tensor per parameter, and its figures.
+
+    Rows are taken module by module, to see what each contributes, in micro-batches of at most config.batch_tokens.
+    """
+    parameters, sums, norms = list(model.parameters()), Counter(), {}
+    total = [torch.zeros_like(p, dtype=torch.float) for p in parameters]
+    for module in sorted({r.module for r in rows}):
+        gradient = [torch.zeros_like(g) for g in total]
         for batch in pack([r for r in rows if r.module == module], config.batch_tokens):
-            per_token = lambda f: torch.tensor([x for r in batch for x in f(r)], dtype=torch.float, device=device)
-            old = per_token(lambda r: r.completion.logprobs)
-            advantage = per_token(lambda r: [r.advantage] * len(r.completion.token_ids))
-            weight = per_token(lambda r: [r.weight] * len(r.completion.token_ids))
+            old, advantage, weight = torch.tensor([(p, r.advantage, r.weight) for r in batch for p in r.completion.logprobs],
+                                                  device=model.head.device).unbind(1)
             logprobs = batch_logprobs(model, batch, config.temperature, vocabulary)
-            ref = None
-            if reference is not None:
-                with torch.no_grad():
-                    ref = batch_logprobs(reference, batch, config.temperature, vocabulary)
+            with torch.no_grad():
+                ref = reference and batch_logprobs(reference, batch, config.temperature, vocabulary)
             loss = policy_loss(logprobs, old, advantage, weight, config.clip_low, config.clip_high, config.beta, ref)
-            loss.backward()
-            ratio = (logprobs.detach() - old).exp()
-            outside = (ratio < 1 - config.clip_low) & (advantage < 0) | (ratio > 1 + config.clip_high) & (advantage > 0)
-            stats.update(loss=loss.item(), tokens=len(old), clipped=outside.sum().item(),
-                         kl=0.0 if ref is None else ((ref - logprobs).exp() - (ref - logprobs) - 1).sum().item(),
-                         forwarded=sum(len(r.completion.prompt_ids) + len(r.completion.token_ids) - 1 for r in batch))
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
-        norms[module] = torch.stack([g.norm() for g in grads]).norm().item()
-        total = grads if total is None else torch._foreach_add(total, grads)
-    for p, g in zip(model.parameters(), total or []):
-        p.grad = g
-    share = {m: n / (sum(norms.values()) or 1.0) for m, n in norms.items()}
-    return {"loss": stats["loss"], "kl": stats["kl"] / max(stats["tokens"], 1), "clipped": stats["clipped"] / max(stats["tokens"], 1),
-            "tokens_forwarded": stats["forwarded"], "grad_share": share}
+            for g, more in zip(gradient, torch.autograd.grad(loss, parameters)):
+                g += more
+            with torch.no_grad():
+                ratio = torch.exp(logprobs - old)
+                clipped = (ratio < 1 - config.clip_low) & (advantage < 0) | (ratio > 1 + config.clip_high) & (advantage > 0)
+                sums.update(loss=loss.item(), tokens=len(old), clipped=clipped.sum().item(),
+                            kl=0 if ref is None else (torch.exp(ref - logprobs) - (ref - logprobs) - 1).sum().item(),
+                            forwarded=sum(len(r.completion.prompt_ids) + len(r.completion.token_ids) - 1 for r in batch))
+        norms[module] = torch.stack(torch._foreach_norm(gradient)).norm().item()
+        torch._foreach_add_(total, gradient)
+    share = {m: n / (sum(norms.values()) or 1) for m, n in norms.items()}
+    mean = {k: sums[k] / max(sums["tokens"], 1) for k in ("kl", "clipped")}
+    return total, {"loss": sums["loss"], **mean, "tokens_forwarded": sums["forwarded"], "grad_share": share}
 
 
 # ----------------------------------------------------------------------------------------------- the training loop
 
 def batch_of(step: int, size: int, count: int, seed: int) -> list[int]:
-    """Which examples step `step` (from 0) trains on: a new permutation each epoch, no example twice before all are seen."""
-    order = {}
-    for p in range(step * size, (step + 1) * size):
-        if p // count not in order:
-            order[p // count] = random.Random(repr(("order", seed, p // count))).sample(range(count), count)
-    return [order[p // count][p % count] for p in range(step * size, (step + 1) * size)]
+    """Which of `count` examples step `step` (from 0) trains on: each once an epoch, in a new order every epoch."""
+    order = lambda epoch: random.Random(repr(("order", seed, epoch))).sample(range(count), count)
+    first, last = step * size, (step + 1) * size
+    return [i for epoch in range(first // count, (last - 1) // count + 1) for i in order(epoch)][first % count:][:size]
 
 
-def evaluate(model: Transformer, tokenizer: Tokenizer, task: Task, examples: list[dict], config: Config,
-             temperature: float) -> tuple[dict, list[Trajectory]]:
-    """Mean score of one run per example; a run that did not complete counts as failure_score."""
+def play(model: Transformer, tokenizer: Tokenizer, task: Task, examples: list[dict], config: Config, temperature: float,
+         step: int, **options) -> tuple[list[Trajectory], dict]:
+    """Run the task's program on the examples under the current weights -> trajectories, and seconds by kind."""
     began = time.perf_counter()
     sampler = Sampler(model, tokenizer, slots=config.slots, max_tokens=config.max_tokens, temperature=temperature,
                       top_k=config.top_k, top_p=config.top_p)
-    runs = run_programs(task.program, examples, task.metric, sampler, seed=config.seed, step=-1, max_calls=config.max_calls,
-                        failure_score=config.failure_score, format_failure_score=config.format_failure_score)
+    runs = run_programs(task.program, examples, task.metric, sampler, seed=config.seed, step=step, max_calls=config.max_calls,
+                        failure_score=config.failure_score, format_failure_score=config.format_failure_score, **options)
+    return runs, {"sampling": sampler.seconds, "tools": time.perf_counter() - began - sampler.seconds}
+
+
+def evaluate(model: Transformer, tokenizer: Tokenizer, task: Task, examples: list[dict], config: Config,
+             temperature: float) -> dict:
+    """Mean score of one run per example, its standard error, and how the runs ended; one that did not complete scores
+    failure_score. The random numbers are the same at every evaluation."""
+    runs, seconds = play(model, tokenizer, task, examples, config, temperature, step=-1)
     scores = np.array([t.reward if t.status == "completed" else config.failure_score for t in runs])
     return {"score": scores.mean(), "stderr": scores.std() / math.sqrt(len(scores)), "statuses": statuses(runs),
-            "seconds": time.perf_counter() - began}, runs
-
-
-def measure(trajectories: list[Trajectory], groups: list[Group], of_groups: list[list[float]]) -> dict:
-    """What a step's rollouts and groups looked like, for metrics.jsonl. Calls made = trained + zero_advantage + excluded."""
-    made = {(i, c) for i, t in enumerate(trajectories) for c in range(len(t.calls))}
-    grouped = {(m.trajectory, c): 0.0 for g in groups for m in g.members for c in m.calls}
-    for g, values in zip(groups, of_groups):
-        for m, a in zip(g.members, values):
-            for c in m.calls:
-                grouped[m.trajectory, c] += abs(a)
-    trained = sum(a > 0 for a in grouped.values())
-    voting = [t for t in trajectories if t.votes]
-    rewards = [t.reward for t in voting]
-    modules = {}
-    for name in sorted({c.module for t in trajectories for c in t.calls}):
-        counts = [sum(c.module == name for c in t.calls) for t in voting]
-        own = [values for g, values in zip(groups, of_groups) if g.module == name]
-        flat = [abs(a) for values in own for a in values]
-        calls = [c for t in trajectories for c in t.calls if c.module == name]
-        modules[name] = {
-            "calls": len(calls), "tokens": sum(len(c.completion.token_ids) for c in calls),
-            "survival": [sum(n > k for n in counts) / len(counts) for k in range(max(counts, default=0))],
-            "zero_variance": sum(not any(values) for values in own) / len(own) if own else None,
-            "advantage_scale": sum(flat) / len(flat) if flat else None}
-    logprobs = [x for t in trajectories for c in t.calls for x in c.completion.logprobs]
-    return {"reward": float(np.mean(rewards)), "reward_std": float(np.std(rewards)), "statuses": statuses(trajectories),
-            "calls": {"made": len(made), "trained": trained, "zero_advantage": len(grouped) - trained,
-                      "excluded": len(made) - len(grouped)},
-            "surprise": -sum(logprobs) / max(len(logprobs), 1), "modules": modules}
-
-
-def rollout(model, tokenizer, task: Task, config: Config, step: int) -> tuple[list[Trajectory], dict]:
-    """B examples x R runs under the current weights, and the seconds they took."""
-    began = time.perf_counter()
-    examples = [task.train[i] for i in batch_of(step, config.examples, len(task.train), config.seed)]
-    sampler = Sampler(model, tokenizer, slots=config.slots, max_tokens=config.max_tokens, temperature=config.temperature)
-    runs = run_programs(task.program, examples, task.metric, sampler, rollouts=config.rollouts, seed=config.seed, step=step,
-                        max_calls=config.max_calls, failure_score=config.failure_score,
-                        format_failure_score=config.format_failure_score, interrupt=config.interrupt)
-    if not any(t.votes for t in runs):
-        raise ProgramError(f"step {step + 1}: no run gave a reward; the first one: {runs[0].error or runs[0].status}")
-    if not any(t.calls for t in runs):
-        raise ProgramError(f"step {step + 1}: no run called a module; there is nothing to train")
-    return runs, {"sampling": sampler.seconds, "tools": time.perf_counter() - began - sampler.seconds}
+            "seconds": sum(seconds.values())}
 
 
 def train_step(model, tokenizer, optimizer, reference, task: Task, config: Config, step: int) -> dict:
     """One step of mmGRPO: sample, group, compare, weigh, update. Returns what is to be known of it."""
-    trajectories, seconds = rollout(model, tokenizer, task, config, step)
+    examples = [task.train[i] for i in batch_of(step, config.examples, len(task.train), config.seed)]
+    trajectories, seconds = play(model, tokenizer, task, examples, config, config.temperature, step,
+                                 rollouts=config.rollouts, interrupt=config.interrupt)
+    if not any(t.votes and t.calls for t in trajectories):
+        raise ProgramError(f"step {step + 1}: there is nothing to train: no run gave both LM calls and a reward "
+                           f"({', '.join(f'{n} {s}' for s, n in statuses(trajectories).items() if n)}; the first: "
+                           f"{trajectories[0].error or 'no LM calls'})")
+    began = time.perf_counter()
     groups = group_calls(trajectories, config.short_groups, config.group_size, config.level, config.seed)
     values = advantages(groups, trajectories, config.baseline, config.leave_one_out, config.scale_rewards)
     rows = weigh(groups, values, trajectories, config.normalize, config.max_tokens)
-    if not config.beta:
-        rows = [r for r in rows if r.advantage]                     # the others' gradient is zero
-    began = time.perf_counter()
+    rows = [r for r in rows if r.advantage or config.beta]          # the gradient of the others is exactly 0
     metrics = {"step": step + 1, **measure(trajectories, groups, values)}
+    parameters, = optimizer.param_groups
+    parameters["lr"] = config.lr * min(1.0, (step + 1) / max(config.warmup, 1))
     for _ in range(config.inner_epochs):
-        parts = accumulate(model, rows, config, tokenizer.size, reference)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm).item() if rows else 0.0
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * min(1.0, (step + 1) / max(config.warmup, 1))
-        if rows:
-            optimizer.step()
-    for module, share in parts.pop("grad_share").items():
+        gradient, figures = step_gradient(model, rows, config, tokenizer.size, reference)
+        for p, g in zip(parameters["params"], gradient):
+            p.grad = g
+        figures["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters["params"], config.clip_norm).item()
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_copy_(list(model.parameters()), parameters["params"])
+    for module, share in figures.pop("grad_share").items():
         metrics["modules"][module]["grad_share"] = share
-    seconds["update"] = time.perf_counter() - began
-    return metrics | parts | {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "seconds": seconds}
+    return metrics | figures | {"lr": parameters["lr"], "seconds": seconds | {"update": time.perf_counter() - began}}
 
 
 def train(config: Config) -> str:
-    """The whole run; everything it leaves is in config.out. Returns the line that sums it up."""
+    """The whole run; what it leaves is in config.out (README, "What a run leaves"). Returns the line that sums it up."""
     if config.top_k or config.top_p < 1:
-        raise ConfigError("--top-k and --top-p are for eval and show: what is trained must be the distribution sampled")
-    if config.temperature == 0:
-        raise ConfigError("--temperature: training needs a temperature above 0")
+        raise InputError("--top-k and --top-p are for eval and show: what is trained must be the distribution sampled")
+    if not config.temperature:
+        raise InputError("--temperature: training needs more than 0")
     task, (model, tokenizer) = load_task(config), load_model(config)
-    if not task.train or not task.dev:
-        raise ConfigError(f"--task {config.task}: its {'dev' if task.train else 'train'} split is empty")
+    dev = split_of(task, "dev", config)
+    split_of(task, "train", config)
+    reference = load_model(config)[0] if config.beta else None
+    masters = [p.detach().float().requires_grad_() for p in model.parameters()]     # fp32: a small step must not round away
+    optimizer = torch.optim.AdamW(masters, weight_decay=config.weight_decay)
     out = new_folder(config)
     (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    reference = load_model(config)[0] if config.beta else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    dev = task.dev[:config.eval_examples or None]
     began, scores, log = time.perf_counter(), [], (out / "metrics.jsonl").open("a")
-    bar = tqdm(range(config.steps), desc=f"{config.task}", unit="step", disable=None)
+    bar = tqdm(range(config.steps), desc=config.task, unit="step", disable=None)
 
     def record(entry: dict):
         log.write(json.dumps(entry) + "\n")
         log.flush()
 
     def check(step: int):
-        """Dev scores as trained (sampled) and greedy; checkpoints of the last and of the best."""
-        entry = {name: evaluate(model, tokenizer, task, dev, config, t)[0]
-                 for name, t in (("sampled", config.temperature), ("greedy", 0.0))}
-        record({"step": step, "dev": entry})
-        save_pretrained(model, tokenizer, out / "last")
-        if not scores or entry["sampled"]["score"] > max(scores):
-            save_pretrained(model, tokenizer, out / "best")
-        scores.append(entry["sampled"]["score"])
-        bar.write(f"step {step:4d}  dev {scores[-1]:.3f} ± {entry['sampled']['stderr']:.3f}   greedy "
-                  f"{entry['greedy']['score']:.3f}   " + "  ".join(f"{k} {v}" for k, v in entry["sampled"]["statuses"].items() if v))
+        """Score the dev split as trained (sampled) and greedily; keep the weights as `last`, and the best as `best`."""
+        sampled, greedy = (evaluate(model, tokenizer, task, dev, config, t) for t in (config.temperature, 0.0))
+        record({"step": step, "dev": {"sampled": sampled, "greedy": greedy}})
+        for name in ("last", "best") if not scores or sampled["score"] > max(scores) else ("last",):
+            save_pretrained(model, tokenizer, out / name)
+        scores.append(sampled["score"])
+        bar.write(f"step {step:4d}  dev {scores[-1]:.3f} ± {sampled['stderr']:.3f}  greedy {greedy['score']:.3f}  "
+                  + ", ".join(f"{n} {s}" for s, n in sampled["statuses"].items() if n))
 
     check(0)
     for step in bar:
@@ -638,57 +591,22 @@ def train(config: Config) -> str:
         bar.set_postfix(reward=f"{metrics['reward']:.3f}", grad=f"{metrics['grad_norm']:.2f}", refresh=False)
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
             check(step + 1)
+    log.close()
     plot(out)
     return (f"{config.task} dev score: {scores[0]:.3f} -> {scores[-1]:.3f} ({config.steps} steps, "
             f"{time.perf_counter() - began:.0f} s)")
 
 
-def new_folder(config: Config) -> Path:
-    """The folder of the run; a finished run is never written over."""
-    out = Path(config.out or f"runs/{Path(config.task).stem}")
-    if config.out and (out / "metrics.jsonl").exists():
-        raise ConfigError(f"--out {out}: holds a run already")
-    taken = 1
-    while (out / "metrics.jsonl").exists():
-        taken += 1
-        out = out.with_name(f"{Path(config.task).stem}-{taken}")
-    out.mkdir(parents=True, exist_ok=True)
-    return out
-
-
-def plot(out: Path) -> None:
-    """Reward and dev score against steps, as curve.png."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    axes.plot([m["step"] for m in lines if "reward" in m], [m["reward"] for m in lines if "reward" in m], alpha=0.4,
-              label="training reward")
-    for name in ("sampled", "greedy"):
-        axes.plot([m["step"] for m in lines if "dev" in m], [m["dev"][name]["score"] for m in lines if "dev" in m], "o-",
-                  label=f"dev score, {name}")
-    axes.set(xlabel="step", title=out.name)
-    axes.legend()
-    figure.savefig(out / "curve.png", dpi=120)
-    pyplot.close(figure)
-
-
 # -------------------------------------------------------------------------------------------------- command line
 
 def load_task(config: Config) -> Task:
-    """The task that config.task names: a module of tasks/, or a Python file of the user's."""
-    try:
-        if config.task.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(config.task).stem, config.task)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(f"tasks.{config.task}")
-    except (ModuleNotFoundError, FileNotFoundError) as e:
-        if isinstance(e, ModuleNotFoundError) and e.name != f"tasks.{config.task}":
-            raise
-        raise ConfigError(f"--task {config.task}: no such task (hover, banking77, papillon, or a Python file)") from None
+    """The task that config.task names: a file of tasks/, or any Python file with a function load(data)."""
+    path = Path(config.task if config.task.endswith(".py") else Path(__file__).parent / "tasks" / f"{config.task}.py")
+    if not path.is_file():
+        raise InputError(f"--task {config.task}: no such task ({path}; hover, banking77 and papillon are in tasks/)")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     task = module.load(config.data)
     if config.prompts:
         task.program.load(config.prompts)
@@ -696,73 +614,62 @@ def load_task(config: Config) -> Task:
 
 
 def load_model(config: Config) -> tuple[Transformer, Tokenizer]:
-    return load_pretrained(config.model, config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return load_pretrained(config.model, device, getattr(torch, config.dtype))
+
+
+def split_of(task: Task, split: str, config: Config) -> list[dict]:
+    """The examples of a split; of dev and test the first config.eval_examples."""
+    examples = getattr(task, split)
+    if not examples:
+        raise InputError(f"--task {config.task}: its {split} split is empty")
+    return examples[:config.eval_examples or None] if split != "train" else examples
+
+
+def new_folder(config: Config) -> Path:
+    """A folder for the run, never one that holds a run already: runs/hover, runs/hover-2, …"""
+    out = Path(config.out or f"runs/{Path(config.task).stem}")
+    if config.out and (out / "metrics.jsonl").exists():
+        raise InputError(f"--out {out}: holds a run already")
+    for i in range(2, 10**6):
+        if not (out / "metrics.jsonl").exists():
+            out.mkdir(parents=True, exist_ok=True)
+            return out
+        out = out.with_name(f"{Path(config.task).stem}-{i}")
 
 
 def run_eval(config: Config) -> str:
-    """Score a checkpoint on a split, sampled and greedy, with how the runs ended."""
+    """Score a checkpoint on a split, sampled and greedily, with how the runs ended."""
     task, (model, tokenizer) = load_task(config), load_model(config)
-    examples = getattr(task, config.split)[:config.eval_examples or None]
-    if not examples:
-        raise ConfigError(f"--task {config.task}: its {config.split} split is empty")
-    lines = []
+    examples, lines = split_of(task, config.split, config), []
     for name, temperature in ((f"sampled at {config.temperature}", config.temperature), ("greedy", 0.0)):
-        result, _ = evaluate(model, tokenizer, task, examples, config, temperature)
+        result = evaluate(model, tokenizer, task, examples, config, temperature)
         lines.append(f"{config.task} {config.split} score, {name}: {result['score']:.3f} ± {result['stderr']:.3f} "
-                     f"({len(examples)} examples; {', '.join(f'{v} {k}' for k, v in result['statuses'].items() if v)})")
+                     f"({len(examples)} examples: {', '.join(f'{n} {s}' for s, n in result['statuses'].items() if n)})")
     return "\n".join(lines)
 
 
 def run_show(config: Config) -> str:
-    """Run the program on one example and print the trace."""
+    """Run the program on one example and return the trace."""
     task, (model, tokenizer) = load_task(config), load_model(config)
     examples = getattr(task, config.split)
     if config.index >= len(examples):
-        raise ConfigError(f"--index {config.index}: the {config.split} split has {len(examples)} examples")
-    _, runs = evaluate(model, tokenizer, task, [examples[config.index]], config, config.temperature)
-    return show(runs[0])
-
-
-def read_trajectories(path: str) -> list[Trajectory]:
-    """The `group` input (README, "Grouping trajectories made elsewhere"). Raises ConfigError naming file and field."""
-    def need(condition: bool, where: str, what: str):
-        if not condition:
-            raise ConfigError(f"{path}: {where}: expected {what}")
-    try:
-        data = json.loads(sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise ConfigError(f"{path}: cannot be read as JSON ({e})") from None
-    need(isinstance(data, dict) and isinstance(data.get("trajectories"), list), "trajectories", "an object with this list")
-    result, seen = [], set()
-    for i, t in enumerate(data["trajectories"]):
-        where = f"trajectories[{i}]"
-        need(isinstance(t, dict), where, "an object")
-        need(isinstance(t.get("example"), (str, int)), f"{where}.example", "a string or a whole number")
-        need(type(t.get("rollout")) is int, f"{where}.rollout", "a whole number")
-        need((t["example"], t["rollout"]) not in seen, where, "each rollout of an example once")
-        need(t.get("status") in STATUSES, f"{where}.status", f"one of {', '.join(STATUSES)}")
-        reward = t.get("reward")
-        need(type(reward) in (int, float) or reward is None and t["status"] == "tool_error", f"{where}.reward", "a number")
-        need(isinstance(t.get("calls"), list), f"{where}.calls", "a list")
-        for c, call in enumerate(t["calls"]):
-            need(isinstance(call, dict) and isinstance(call.get("module"), str), f"{where}.calls[{c}].module", "a string")
-        seen.add((t["example"], t["rollout"]))
-        names = [call["module"] for call in t["calls"]]
-        calls = tuple(Call(name, names[:c].count(name)) for c, name in enumerate(names))
-        result.append(Trajectory(t["example"], t["rollout"], calls, None, reward, t["status"]))
-    return result
+        raise InputError(f"--index {config.index}: the {config.split} split has {len(examples)} examples")
+    return show(play(model, tokenizer, task, [examples[config.index]], config, config.temperature, step=-1)[0][0])
 
 
 def run_group(path: str, config: Config) -> str:
+    """Groups and advantages of trajectories made elsewhere, as JSON."""
     trajectories = read_trajectories(path)
     groups = group_calls(trajectories, config.short_groups, config.group_size, config.level, config.seed)
     values = advantages(groups, trajectories, config.baseline, config.leave_one_out, config.scale_rewards)
     place = lambda m: {"call": m.calls[0]} if config.level == "call" else {"calls": list(m.calls)}
-    out = [{"example": g.example, "module": g.module, "invocation": g.invocation,
-            "members": [{"rollout": trajectories[m.trajectory].rollout, **place(m), "advantage": a}
-                        for m, a in zip(g.members, v)]} for g, v in zip(groups, values)]
-    excluded = [{"example": t.example, "rollout": t.rollout, "reason": "tool_error"} for t in trajectories if not t.votes]
-    return json.dumps({"groups": out, "excluded": excluded})
+    members = lambda g, v: [{"rollout": trajectories[m.trajectory].rollout, **place(m), "advantage": a}
+                            for m, a in zip(g.members, v)]
+    return json.dumps({
+        "groups": [{"example": g.example, "module": g.module, "invocation": g.invocation, "members": members(g, v)}
+                   for g, v in zip(groups, values)],
+        "excluded": [{"example": t.example, "rollout": t.rollout, "reason": "tool_error"} for t in trajectories if not t.votes]})
 
 
 def parse_arguments(argv: list[str]) -> tuple[str, str, Config]:
@@ -770,20 +677,19 @@ def parse_arguments(argv: list[str]) -> tuple[str, str, Config]:
     parser = argparse.ArgumentParser(prog="mmgrpo.py", description=__doc__.split("\n\n")[1])
     parser.add_argument("command", choices=("train", "eval", "show", "group"))
     parser.add_argument("file", nargs="?", help="of group: a JSON file of trajectories, or - for standard input")
-    comments = {line.split(":")[0].strip(): line.split("# ", 1)[1] for line in
-                Path(__file__).read_text().split("class Config:")[1].split("def __post_init__")[0].splitlines()
-                if line.startswith("    ") and ": " in line and "# " in line}
+    source = Path(__file__).read_text(encoding="utf-8").split("class Config:")[1]
+    comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", source, re.M))     # each field's comment is its help
     for f in dataclasses.fields(Config):
-        kind = {"bool": None, "int": int, "float": float, "str": str}[f.type]
-        flag = {"action": argparse.BooleanOptionalAction} if kind is None else {"type": kind, "metavar": f.type.upper()}
-        parser.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS,
-                            help=f"{comments.get(f.name, '').replace('%', '%%')} [{f.default}]", **flag)
+        kind = {"action": argparse.BooleanOptionalAction} if f.type == "bool" else {
+            "type": {"int": int, "float": float, "str": str}[f.type], "metavar": f.type.upper()}
+        parser.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, **kind,
+                            help=f"{comments[f.name].replace('%', '%%')} [{f.default}]")
     given = vars(parser.parse_args(argv))
     command, file = given.pop("command"), given.pop("file")
     if (command == "group") != (file is not None):
         parser.error("group takes one FILE" if command == "group" else f"{command} takes no FILE")
     config = Config(**given)
-    return command, file, config if command == "group" else Config(**{**load_task(config).defaults, **given})
+    return command, file, config if command == "group" else Config(**(load_task(config).defaults | given))
 
 
 def main(argv: list[str]) -> int:
@@ -792,10 +698,10 @@ def main(argv: list[str]) -> int:
         print(run_group(file, config) if command == "group" else
               {"train": train, "eval": run_eval, "show": run_show}[command](config))
         return 0
-    except (ConfigError, CheckpointError, PromptError, ProgramError, DataError) as e:
+    except (InputError, CheckpointError, ProgramError) as e:
+        if e.__cause__ is not None:                                 # a bug in the user's program: with its traceback
+            traceback.print_exception(e.__cause__)
         print(f"error: {e}", file=sys.stderr)
-        if isinstance(e, ProgramError) and e.__cause__ is not None:
-            raise
         return 2
 
 

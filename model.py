@@ -1,9 +1,8 @@
 """The language model: a decoder-only transformer, its KV cache, its tokenizer, and checkpoints in Hugging Face layout.
 
-One class covers Qwen3, Qwen2/2.5 and Llama-3.x: they differ in biases, q/k norms, the head's tie and the RoPE
-scaling, all read from `config.json`. Parameters carry the names they have on disk (without the leading `model.`), so
-that loading is a comparison of names and shapes and nothing is renamed. Left out: other architectures, sliding
-windows, quantised weights, pickled weights; each is refused by name.
+One class covers Qwen3, Qwen2/2.5 and Llama-3.x: they differ in biases, q/k norms, the tie of the head and the RoPE
+scaling, all read from config.json. Parameters are named as on disk (but for the leading `model.`), so that loading is a
+comparison of names and shapes. Left out, and refused by name: other architectures, sliding windows, quantised weights.
 
     model, tokenizer = load_pretrained("tasks/tiny")
     ids = tokenizer.encode_chat([{"role": "user", "content": "Hello"}])
@@ -40,10 +39,8 @@ def read_json(path: Path) -> dict:
     """The JSON object in `path`. Raises CheckpointError where the file is missing or holds something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise CheckpointError(f"{path}: cannot be read ({e.strerror or e})") from None
-    except ValueError as e:
-        raise CheckpointError(f"{path}: not JSON ({e})") from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({e})") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
@@ -53,11 +50,10 @@ def read_json(path: Path) -> dict:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a transformer, in the units of the paper that introduced each part.
+    """The shape of a transformer.
 
     Example: ModelConfig.from_hf({"architectures": ["Qwen3ForCausalLM"], "vocab_size": 2048, "hidden_size": 128,
-    "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4,
-    "head_dim": 32, "tie_word_embeddings": True})
+    "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 32})
     """
     vocab_size: int
     hidden_size: int
@@ -72,9 +68,9 @@ class ModelConfig:
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
-    qk_norm: bool                 # RMSNorm of every query and key head (Qwen3)
+    qk_norm: bool                 # RMSNorm of every query and key head
     rope_theta: float
-    rope_llama3: tuple[float, float, float, float] | None   # factor, low_freq_factor, high_freq_factor, original length
+    rope_llama3: tuple[float, ...] | None       # factor, low_freq_factor, high_freq_factor, original length
     raw: dict = field(default_factory=dict, compare=False, repr=False)      # config.json as read, written back on save
 
     @classmethod
@@ -83,61 +79,45 @@ class ModelConfig:
 
         Raises CheckpointError naming the field that is missing, malformed or not supported.
         """
-        def refuse(key: str, why: str):
-            raise CheckpointError(f"{where}: {key}: {why}")
-
-        def number(key: str, default=None, kind=int, source=raw, low=1):
+        def get(key: str, kind=int, default=None, low=1, source=raw):
             value = default if source.get(key) is None else source[key]
-            if value is None:
-                refuse(key, "missing")
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) \
-                    or value != kind(value) or not low <= value < 2**31:
-                refuse(key, f"expected {'a whole' if kind is int else 'a'} number of at least {low}, found {value!r}")
+            if not (type(value) is bool if kind is bool else
+                    type(value) in (int, float) and low <= value < 2**31 and kind(value) == value):
+                expected = "true or false" if kind is bool else f"{kind.__name__} of at least {low}"
+                raise CheckpointError(f"{where}: {key}: expected {expected}, found {value!r}")
             return kind(value)
 
-        def flag(key: str, default=False):
-            value = default if raw.get(key) is None else raw[key]
-            return value if isinstance(value, bool) else refuse(key, f"expected true or false, found {value!r}")
-
-        architectures = raw.get("architectures") or [{"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM",
-                                                      "llama": "LlamaForCausalLM"}.get(raw.get("model_type"))]
-        if architectures not in (["Qwen3ForCausalLM"], ["Qwen2ForCausalLM"], ["LlamaForCausalLM"]):
-            refuse("architectures", f"{architectures!r} is not supported (Qwen3ForCausalLM, Qwen2ForCausalLM and "
-                                    "LlamaForCausalLM are)")
-        family = architectures[0].removesuffix("ForCausalLM")
-        if raw.get("quantization_config"):
-            refuse("quantization_config", "quantised weights are not supported")
-        if raw.get("hidden_act", "silu") != "silu":
-            refuse("hidden_act", f"{raw['hidden_act']!r} is not supported (silu is)")
-        if flag("use_sliding_window") or set(raw.get("layer_types") or []) - {"full_attention"}:
-            refuse("use_sliding_window", "sliding-window attention is not supported")
-
+        names = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
+        architecture = raw.get("architectures") or [names.get(raw.get("model_type"))]
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        if not isinstance(rope, dict):
-            refuse("rope_parameters", f"expected an object, found {rope!r}")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ("default", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
-            refuse("rope_type", f"{kind!r} is not supported (default and llama3 over the whole head are)")
-        scale = lambda key: number(key, source=rope, kind=float, low=1e-6)
-        llama3 = kind == "llama3" and (scale("factor"), scale("low_freq_factor"), scale("high_freq_factor"),
-                                       scale("original_max_position_embeddings"))
-
-        D, heads = number("hidden_size"), number("num_attention_heads")
-        bias = flag("attention_bias")
+        rope = rope if isinstance(rope, dict) else {"rope_type": rope}
+        scaling = rope.get("rope_type", rope.get("type", "default"))
+        for key, value, supported in (
+                ("architectures", architecture, architecture in ([n] for n in names.values())),
+                ("quantization_config", raw.get("quantization_config"), not raw.get("quantization_config")),
+                ("hidden_act", raw.get("hidden_act"), raw.get("hidden_act", "silu") == "silu"),
+                ("use_sliding_window", raw.get("use_sliding_window"), not raw.get("use_sliding_window")),
+                ("layer_types", raw.get("layer_types"),
+                 all(t == "full_attention" for t in raw.get("layer_types") or ())),
+                ("rope_type", scaling, scaling in ("default", "llama3")),
+                ("partial_rotary_factor", "", rope.get("partial_rotary_factor", 1) == 1)):
+            if not supported:
+                raise CheckpointError(f"{where}: {key} {value!r} is not supported")
+        qwen2, qwen3, llama = (architecture == [n] for n in ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM"))
+        D, heads, bias = get("hidden_size"), get("num_attention_heads"), get("attention_bias", bool, False)
+        llama3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         config = cls(
-            vocab_size=number("vocab_size"), hidden_size=D, intermediate_size=number("intermediate_size"),
-            layers=number("num_hidden_layers"), heads=heads, kv_heads=number("num_key_value_heads", heads),
-            head_dim=number("head_dim", 128 if family == "Qwen3" else D // heads),
-            max_positions=number("max_position_embeddings", 2048),
-            norm_eps=number("rms_norm_eps", 1e-6, float, low=0), tied=flag("tie_word_embeddings"),
-            qkv_bias=bias or family == "Qwen2", o_bias=bias and family != "Qwen2",
-            mlp_bias=flag("mlp_bias") and family == "Llama", qk_norm=family == "Qwen3",
-            rope_theta=number("rope_theta", number("rope_theta", 10000.0, float), float, source=rope),
-            rope_llama3=llama3 or None, raw=dict(raw))
+            vocab_size=get("vocab_size"), hidden_size=D, intermediate_size=get("intermediate_size"),
+            layers=get("num_hidden_layers"), heads=heads, kv_heads=get("num_key_value_heads", default=heads),
+            head_dim=get("head_dim", default=128 if qwen3 else D // heads), max_positions=get("max_position_embeddings"),
+            norm_eps=get("rms_norm_eps", float, 1e-6, low=0), tied=get("tie_word_embeddings", bool, False),
+            qkv_bias=bias or qwen2, o_bias=bias and not qwen2, mlp_bias=llama and get("mlp_bias", bool, False), qk_norm=qwen3,
+            rope_theta=get("rope_theta", float, get("rope_theta", float, 1e4), source=rope),
+            rope_llama3=tuple(get(k, float, low=1e-6, source=rope) for k in llama3) if scaling == "llama3" else None, raw=raw)
         if config.heads % config.kv_heads:
-            refuse("num_key_value_heads", f"{config.kv_heads} does not divide num_attention_heads {config.heads}")
+            raise CheckpointError(f"{where}: num_key_value_heads {config.kv_heads} does not divide {config.heads} heads")
         if config.head_dim % 2:
-            refuse("head_dim", f"{config.head_dim} is odd; RoPE rotates pairs")
+            raise CheckpointError(f"{where}: head_dim {config.head_dim} is odd, and RoPE rotates pairs")
         return config
 
 
@@ -278,8 +258,8 @@ class Transformer(nn.Module):
 class KVCache:
     """Keys and values of `slots` sequences, each with its own length; rows 0..n-1 are the ones decoding.
 
-    Example: cache = KVCache(config, slots=8, size=512); model(prompts, attend=cache.prefill(slots, rows)) stores
-    prompts, and model(last[:n, None], cache.lengths[:n, None], cache.decode(n)) runs one step of n rows.
+    model(prompts, attend=cache.prefill(slots, rows)) stores prompts; model(last, positions, cache.decode(n, longest))
+    runs one step of n rows. `kv` is (2, layers, slots, K, size, d), `lengths` (slots,).
     """
     def __init__(self, config: ModelConfig, slots: int, size: int, device=None, dtype=None):
         self.kv = torch.zeros(2, config.layers, slots, config.kv_heads, size, config.head_dim, device=device, dtype=dtype)
@@ -302,17 +282,16 @@ class KVCache:
         return attend
 
     def move(self, source: int, target: int):
-        """Copy the sequence of slot `source` into slot `target`."""
         self.kv[:, :, target], self.lengths[target] = self.kv[:, :, source], self.lengths[source]
 
 
 # ----------------------------------------------------------------------------------------------------- tokenizer
 
 class Tokenizer:
-    """The checkpoint's own `tokenizer.json`, chat template and end tokens.
+    """The checkpoint's own tokenizer.json, chat template and end tokens.
 
-    `size` is one more than the largest id, `end_ids` holds every id that ends a completion. Raises CheckpointError
-    naming the file where one is missing, malformed, without chat template or without end token.
+    `size` is one more than the largest id; `end_ids` are all ids that end a completion; `control` maps the text of each
+    added token to its id. Raises CheckpointError naming the file that is missing, malformed or insufficient.
     """
     FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
              "chat_template.jinja")
@@ -320,77 +299,59 @@ class Tokenizer:
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         self.files = {n: (folder / n).read_bytes() for n in self.FILES if (folder / n).is_file()}   # written back on save
-        raw = read_json(folder / "tokenizer.json")
-        config = read_json(folder / "tokenizer_config.json") if "tokenizer_config.json" in self.files else {}
+        raw, config, *others = (read_json(folder / n) if n == self.FILES[0] or (folder / n).is_file() else {}
+                                for n in (*self.FILES[:3], "config.json"))
         try:
             self.tokenizer = tokenizers.Tokenizer.from_str(json.dumps(raw))
-            # The same tokenizer without its added tokens encodes text of users: to it, "<|im_end|>" is ten characters.
+            # The same tokenizer without added tokens, for the text of users: to it "<|im_end|>" is ten characters.
             self.plain = tokenizers.Tokenizer.from_str(json.dumps(raw | {"added_tokens": []}))
         except Exception as e:                                 # the library raises bare Exception
             raise CheckpointError(f"{folder / 'tokenizer.json'}: not a tokenizer ({e})") from None
         for t in (self.tokenizer, self.plain):
             t.no_padding(), t.no_truncation()
-        self.size = max(self.tokenizer.get_vocab().values()) + 1
         added = self.tokenizer.get_added_tokens_decoder()
-        if odd := [t.content for t in added.values() if t.lstrip or t.rstrip or t.single_word]:
-            raise CheckpointError(f"{folder / 'tokenizer.json'}: added_tokens: {odd[0]!r} swallows its surroundings "
-                                  "(lstrip, rstrip, single_word), which is not supported")
+        if greedy := [t.content for t in added.values() if t.lstrip or t.rstrip or t.single_word]:
+            raise CheckpointError(f"{folder / 'tokenizer.json'}: added token {greedy[0]!r} depends on its surroundings "
+                                  "(lstrip, rstrip or single_word), which is not supported")
+        self.size = max(self.tokenizer.get_vocab().values(), default=0) + 1
         self.control = {t.content: i for i, t in added.items()}
-        names = sorted(self.control, key=len, reverse=True)    # leftmost-longest, as the library matches
-        self.control_pattern = re.compile("|".join(map(re.escape, names)) or r"(?!)")
-        self.end_ids = self._end_ids(folder, config)
-        self.template = self._template(folder, config)
+        self.control_pattern = re.compile("|".join(map(re.escape, sorted(self.control, key=len, reverse=True))) or r"(?!)")
 
-    def _end_ids(self, folder: Path, config: dict) -> frozenset[int]:
-        """Every end token that any file of the folder names."""
-        found = set()
-        for name in ("generation_config.json", "config.json"):
-            if (folder / name).is_file():
-                ids = read_json(folder / name).get("eos_token_id")
-                found |= set(ids) if isinstance(ids, list) else {ids} - {None}
-        eos = config.get("eos_token")
-        found |= {self.control.get(eos["content"] if isinstance(eos, dict) else eos)} - {None}
-        if bad := [i for i in found if not isinstance(i, int) or not 0 <= i < self.size]:
-            raise CheckpointError(f"{folder}: eos_token_id: {bad[0]!r} is no id of the tokenizer (0..{self.size - 1})")
-        if not found:
-            raise CheckpointError(f"{folder}: no end token: neither eos_token_id in generation_config.json or "
-                                  "config.json nor eos_token in tokenizer_config.json names one")
-        return frozenset(found)
+        special = {k: v.get("content") if isinstance(v, dict) else v for k, v in config.items() if k.endswith("_token")}
+        ends = [self.control.get(str(special.get("eos_token")))]
+        for ids in (c.get("eos_token_id") for c in others):    # a number or a list of them, in either file
+            ends += ids if isinstance(ids, list) else [ids]
+        ends = [i for i in ends if i is not None]
+        if not ends or any(type(i) is not int or not 0 <= i < self.size for i in ends):
+            raise CheckpointError(f"{folder}: end tokens: expected ids below {self.size} from eos_token_id (config.json, "
+                                  f"generation_config.json) or eos_token (tokenizer_config.json), found {ends}")
+        self.end_ids = frozenset(ends)
+        self.template = self._template(folder, config.get("chat_template"), special)
 
-    def _template(self, folder: Path, config: dict):
-        source = self.files.get("chat_template.jinja", b"").decode() or config.get("chat_template")
+    def _template(self, folder: Path, source, special: dict) -> jinja2.Template:
         if isinstance(source, list):                           # several named templates: the default one
             source = {t.get("name"): t.get("template") for t in source}.get("default")
-        if not isinstance(source, str):
-            raise CheckpointError(f"{folder}: no chat template (chat_template.jinja, or chat_template in "
-                                  "tokenizer_config.json)")
+        source = self.files.get("chat_template.jinja", b"").decode() or source
         def refuse(message):
             raise jinja2.TemplateError(message)
-        # The sandbox keeps a hostile template from the interpreter; there is no clock in it, so that a prompt does not
-        # depend on the day (templates that ask for the date fall back on a fixed one).
+        # The sandbox keeps a hostile template from the interpreter. It has no clock, so that a prompt does not depend on
+        # the day: templates that ask for the date fall back on a fixed one.
         env = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                            extensions=["jinja2.ext.loopcontrols"])
-        env.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
-        tokens = {k: v["content"] if isinstance(v, dict) else v for k, v in config.items() if k.endswith("_token")}
-        env.globals.update(tokens, raise_exception=refuse)
+        env.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
+        env.globals.update(special, raise_exception=refuse)
         try:
             return env.from_string(source)
-        except jinja2.TemplateError as e:
-            raise CheckpointError(f"{folder}: chat template: {e}") from None
-
-    def render(self, messages: list[dict]) -> str:
-        """Messages -> the text of the prompt, up to where the assistant begins. Thinking blocks are switched off."""
-        try:
-            return self.template.render(messages=messages, add_generation_prompt=True, enable_thinking=False)
-        except jinja2.TemplateError as e:
-            raise CheckpointError(f"chat template: {e}") from None
+        except (jinja2.TemplateError, TypeError, AttributeError) as e:
+            raise CheckpointError(f"{folder}: chat_template (tokenizer_config.json or chat_template.jinja): "
+                                  f"{e if source else 'missing'}") from None
 
     def encode(self, text: str) -> list[int]:
         """Text -> ids, none of them a control token whatever the text says."""
         return self.plain.encode(text, add_special_tokens=False).ids
 
     def encode_chat(self, messages: list[dict]) -> list[int]:
-        """Messages -> prompt ids. Control tokens come from the template alone.
+        """Messages -> prompt ids up to where the assistant begins. Control tokens come from the template alone.
 
         Where a content spells a control token, a mark that occurs nowhere else is put inside it before rendering, the
         text is split at the remaining (true) control tokens, and the mark is taken out of the pieces between.
@@ -400,7 +361,11 @@ class Tokenizer:
             while self.control_pattern.search(content):        # again, because matches may overlap
                 content = self.control_pattern.sub(lambda m: m[0][0] + mark + m[0][1:], content)
             return content
-        text = self.render([m | {"content": disarm(m["content"])} for m in messages])
+        try:                                                   # thinking is off: programs have a field for it
+            text = self.template.render(messages=[m | {"content": disarm(m["content"])} for m in messages],
+                                        add_generation_prompt=True, enable_thinking=False)
+        except Exception as e:                                 # whatever the template's own code raises
+            raise CheckpointError(f"chat template: {type(e).__name__}: {e}") from None
         ids, at = [], 0
         for m in self.control_pattern.finditer(text):
             ids += self.encode(text[at:m.start()].replace(mark, "")) + [self.control[m[0]]]
@@ -420,14 +385,12 @@ def _disk_name(name: str) -> str:
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor of model.safetensors, or of the shards that model.safetensors.index.json lists."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if index.is_file() and not single.is_file():
+    files, index = ["model.safetensors"], folder / "model.safetensors.index.json"
+    if index.is_file() and not (folder / files[0]).is_file():
         shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(s, str) and Path(s).name == s for s in shards.values()):
             raise CheckpointError(f"{index}: weight_map: expected an object of tensor name -> file name")
         files = sorted(set(shards.values()))
-    else:
-        files = [single.name]
     tensors = {}
     for name in files:
         try:
@@ -468,13 +431,12 @@ def load_pretrained(path: str | Path, device: str = "cpu", dtype: torch.dtype = 
 
 
 def save_pretrained(model: Transformer, tokenizer: Tokenizer, path: str | Path) -> None:
-    """Write a folder that `load_pretrained` and other readers of the Hugging Face layout load with equal logits."""
-    folder = Path(path)
+    """Write a folder that `load_pretrained`, and other readers of the Hugging Face layout, load with equal logits."""
+    folder, state = Path(path), model.state_dict()
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in tokenizer.files.items():
         (folder / name).write_bytes(data)
-    state = model.state_dict()
-    dtype = str(state["norm.weight"].dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(model.config.raw | {"dtype": dtype}, indent=2) + "\n")
+    raw = model.config.raw | {"dtype": str(model.head.dtype).removeprefix("torch.")}
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if k != "torch_dtype"}, indent=2) + "\n")
     safetensors.torch.save_file({_disk_name(n): t.contiguous().cpu() for n, t in state.items()},
                                 folder / "model.safetensors", metadata={"format": "pt"})

@@ -5,12 +5,12 @@ One module, classify, called once: mmGRPO is plain GRPO here. The reward is exac
 The miniature edition has 25 intents (five things, five troubles) in generated sentences, some of which mention a second
 thing in passing. The real one (`load(folder)`) reads train.csv (text, category) and categories.json.
 """
-import csv
 import json
 import random
 from pathlib import Path
 
-from program import ChainOfThought, DataError, Prediction, Program, Task
+from program import ChainOfThought, InputError, Prediction, Program, Task
+from tasks.files import read_rows, splits, text
 
 
 class Classify(Program):
@@ -49,15 +49,20 @@ THINGS = {
 # Sentences of the two halves; every word of a "task" sentence occurs in some "pretrain" sentence.
 TROUBLES = {
     "pretrain": {
-        "missing": ("my {x} has not arrived yet", "I still wait for my {x}", "there is no sign of my {x}"),
-        "declined": ("my {x} was declined", "they do not accept my {x}", "my {x} did not go through"),
-        "fee": ("I was charged a fee for my {x}", "why does my {x} cost extra", "there is a fee on my {x}"),
-        "wrong": ("my {x} shows the wrong amount", "the amount of my {x} is not right", "there is a mistake in my {x}"),
-        "cancel": ("I want to cancel my {x}", "please stop my {x}", "I do not need my {x} any more"),
+        "missing": ("my {x} has not arrived yet", "I still wait for my {x}", "there is no sign of my {x}",
+                    "when will my {x} arrive", "I have yet to get my {x}", "still my {x} is not here"),
+        "declined": ("my {x} was declined", "they do not accept my {x}", "my {x} did not go through",
+                     "the bank declined my {x} again", "my {x} does not work any more"),
+        "fee": ("I was charged a fee for my {x}", "why does my {x} cost extra", "there is a fee on my {x}",
+                "they charged me for my {x}", "I see a cost on my {x}"),
+        "wrong": ("my {x} shows the wrong amount", "the amount of my {x} is not right", "there is a mistake in my {x}",
+                  "my {x} is not what I asked for", "the number on my {x} is wrong"),
+        "cancel": ("I want to cancel my {x}", "please stop my {x}", "I do not need my {x} any more",
+                   "how can you cancel my {x}", "I need to end my {x}", "can I send my {x} back"),
     },
     "task": {
         "missing": ("still no {x} and I wait and wait", "my {x} has yet to arrive"),
-        "declined": ("they declined my {x}", "my {x} does not go through any more"),
+        "declined": ("they declined my {x} again", "my {x} does not go through"),
         "fee": ("my {x} was charged extra", "why is there a cost for my {x}"),
         "wrong": ("the {x} is not the right amount", "I see a mistake, my {x} is wrong"),
         "cancel": ("can you stop the {x} please", "I need you to cancel the {x}"),
@@ -65,7 +70,8 @@ TROUBLES = {
 }
 FRAMES = {
     "pretrain": ("{trouble}.", "Hello, {trouble}.", "{trouble}, what can I do?", "Yesterday I saw that {trouble}.",
-                 "The {y} is fine, but {trouble}.", "I got the {y} today, now {trouble}.", "{trouble}. I know the {y} is fine."),
+                 "The {y} is fine, but {trouble}.", "I got the {y} today, now {trouble}.", "{trouble}. I know the {y} is fine.",
+                 "Today the {y} is here and right, yet {trouble}."),
     "task": ("Hello, what can I do now, {trouble}?", "I saw today that {trouble}.", "The {y} is here and fine, {trouble}.",
              "Yesterday I got the {y}, but {trouble}.", "{trouble}, but the {y} is right."),
 }
@@ -78,12 +84,12 @@ def query(rng: random.Random, half: str) -> dict:
     trouble = rng.choice(list(TROUBLES[half]))
     frame = rng.choice(FRAMES[half])
     sentence = rng.choice(TROUBLES[half][trouble]).format(x=rng.choice(THINGS[thing]))
-    text = frame.format(trouble=sentence, y=rng.choice(THINGS[other]))
-    return {"text": text[0].upper() + text[1:], "intent": f"{thing}_{trouble}", "mentioned": other if "{y}" in frame else None}
+    whole = frame.format(trouble=sentence, y=rng.choice(THINGS[other]))
+    return {"text": whole[0].upper() + whole[1:], "intent": f"{thing}_{trouble}", "mentioned": other if "{y}" in frame else None}
 
 
 def load(folder: str = "") -> Task:
-    """The task: miniature where `folder` is empty, else the data in it. Raises DataError naming file and line."""
+    """The task: miniature where `folder` is empty, else the data in it. Raises InputError naming file and line."""
     if folder:
         return _load_real(Path(folder))
     rng, texts, examples = random.Random("banking77"), set(), []
@@ -100,22 +106,14 @@ def load(folder: str = "") -> Task:
 
 def _load_real(folder: Path) -> Task:
     """250 train, 500 dev and 500 test queries, as many as in the paper, drawn from train.csv."""
+    path = folder / "categories.json"
     try:
-        labels = json.loads((folder / "categories.json").read_text(encoding="utf-8"))
-        with (folder / "train.csv").open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            rows = [(reader.line_num, row) for row in reader]
-    except (OSError, ValueError, csv.Error) as e:
-        raise DataError(f"{folder}: cannot be read ({e})") from None
-    if not isinstance(labels, list) or not labels or not all(isinstance(x, str) for x in labels):
-        raise DataError(f"{folder / 'categories.json'}: expected a list of labels")
-    for line, row in rows:
-        if not row.get("text") or row.get("category") not in labels or None in row:
-            raise DataError(f"{folder / 'train.csv'}:{line}: expected a text and a category of categories.json, found {row}")
-    examples = [{"text": row["text"].strip(), "intent": row["category"]} for _, row in rows]
+        labels = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise InputError(f"{path}: cannot be read ({e})") from None
+    if not isinstance(labels, list) or not labels or not all(map(text, labels)):
+        raise InputError(f"{path}: expected a list of labels")
+    rows = read_rows(folder / "train.csv", {"text": text, "category": lambda label: label in labels})
+    examples = [{"text": row["text"].strip(), "intent": row["category"]} for row in rows]
     random.Random("banking77").shuffle(examples)
-    if len(examples) < 4:
-        raise DataError(f"{folder / 'train.csv'}: holds only {len(examples)} rows")
-    a, b, c = (min(n, round(len(examples) * share)) for n, share in ((250, 0.2), (750, 0.6), (1250, 1)))
-    return Task(Classify(tuple(labels)), exact_match, train=examples[:a], dev=examples[a:b], test=examples[b:c],
-                defaults={"max_tokens": 48, "max_calls": 1})
+    return Task(Classify(tuple(labels)), exact_match, *splits(examples, 250, 500, 500), {"max_tokens": 48, "max_calls": 1})

@@ -9,13 +9,13 @@ The miniature edition is a fictional wiki with real BM25 retrieval. The real one
 (lines of title and text) with HotpotQA's questions.jsonl (question, titles) or HoVer's hover_*.json (claim,
 supporting_facts).
 """
-import json
 import random
 from pathlib import Path
 
 import bm25s
 
-from program import ChainOfThought, DataError, Prediction, Program, Task
+from program import ChainOfThought, InputError, Prediction, Program, Task
+from tasks.files import read_rows, splits, text
 from tasks.world import Names
 
 
@@ -114,13 +114,16 @@ CLAIMS = {
     "pretrain": {
         3: ("The {maker} of the {kind} {W} was born in a town on the river {R}.",
             "A town on the river {R} is the birthplace of the {maker} of {W}.",
-            "The {kind} {W} was {made} by someone from a town on the river {R}."),
+            "The {kind} {W} was {made} by someone from a town on the river {R}.",
+            "Someone from a town on the river {R} is known as the {maker} of {W}."),
         4: ("The {maker} of the {kind} {W} was born in a town on a river that rises in {D}.",
             "The {kind} {W} was {made} by someone whose birthplace lies on a river that rises in {D}.",
-            "A river that rises in {D} has on it the town where the {maker} of {W} was born."),
+            "A river that rises in {D} has on it the town where the {maker} of {W} was born.",
+            "{W} is by someone who was born in a town on a river that rises in the district {D}."),
         2: ("The {maker} of {W} and the {maker2} of {W2} were born in the same town.",
             "The {kind} {W} and the {kind2} {W2} are both by people from the same town.",
-            "One town is the birthplace of the {maker} of the {kind} {W} and of the {maker2} of {W2}."),
+            "One town is the birthplace of the {maker} of the {kind} {W} and of the {maker2} of {W2}.",
+            "Both {W} and {W2} are by people who were born in one town."),
     },
     "task": {
         3: ("Someone born in a town on the river {R} was the {maker} of the {kind} {W}.",
@@ -162,7 +165,10 @@ class Wiki:
         self.used = set()
 
     def _write(self, sort: str, title: str, **values):
-        self.articles[title] = self.rng.choice(ARTICLES[self.half][sort]).format(**values)
+        words = self.rng.choice(ARTICLES[self.half][sort]).split()
+        if self.half == "pretrain" and self.rng.random() < 0.4:        # a note must be copied, it cannot be composed
+            self.rng.shuffle(words)
+        self.articles[title] = " ".join(words).format(**values)
 
     def _kind(self, W: str, mark: str = "") -> dict:
         kind = self.made[W][0]
@@ -190,7 +196,7 @@ class Wiki:
 
 
 def load(folder: str = "") -> Task:
-    """The task: miniature where `folder` is empty, else the data in it. Raises DataError naming file and line."""
+    """The task: miniature where `folder` is empty, else the data in it. Raises InputError naming file and line."""
     if folder:
         return _load_real(Path(folder))
     wiki = Wiki(random.Random("hover"), "task")
@@ -201,46 +207,26 @@ def load(folder: str = "") -> Task:
 
 # ------------------------------------------------------------------------------------------------- the real edition
 
-def _rows(path: Path, keys: dict) -> list[dict]:
-    """The objects of a .jsonl file or of a .json list, each with `keys` of the given types."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        numbered = (list(enumerate(text.splitlines(), 1)) if path.suffix == ".jsonl" else
-                    [(f"entry {i}", r) for i, r in enumerate(json.loads(text))])
-    except (OSError, ValueError, TypeError) as e:
-        raise DataError(f"{path}: cannot be read ({e})") from None
-    rows = []
-    for where, row in numbered:
-        if isinstance(row, str) and path.suffix == ".jsonl":
-            if not row.strip():
-                continue
-            try:
-                row = json.loads(row)
-            except ValueError as e:
-                raise DataError(f"{path}:{where}: not JSON ({e})") from None
-        for key, kind in keys.items():
-            if not isinstance(row, dict) or not isinstance(row.get(key), kind) or not row[key]:
-                raise DataError(f"{path}:{where}: {key}: expected a non-empty {kind.__name__}")
-        rows.append(row)
-    if not rows:
-        raise DataError(f"{path}: holds no rows")
-    return rows
+def _titles(value) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(t, str) for t in value)
+
+
+def _facts(value) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(f, list) and f and isinstance(f[0], str) for f in value)
 
 
 def _load_real(folder: Path) -> Task:
-    """corpus.jsonl with questions.jsonl (HotpotQA) or hover_*.json (HoVer; its claims over four articles if any are)."""
-    articles = {r["title"]: r["text"] for r in _rows(folder / "corpus.jsonl", {"title": str, "text": str})}
-    if hover := sorted(folder.glob("hover_*.json")):
-        rows = _rows(hover[0], {"claim": str, "supporting_facts": list})
+    """corpus.jsonl with questions.jsonl (HotpotQA) or hover_*.json (HoVer, only its claims over four articles if any are)."""
+    articles = {r["title"]: r["text"] for r in read_rows(folder / "corpus.jsonl", {"title": text, "text": text})}
+    if files := sorted(folder.glob("hover_*.json")):
+        rows = read_rows(files[0], {"claim": text, "supporting_facts": _facts})
         claims = [{"claim": r["claim"], "titles": sorted({fact[0] for fact in r["supporting_facts"]})} for r in rows]
         claims = [c for c in claims if len(c["titles"]) >= 4] or claims
     else:
-        rows = _rows(folder / "questions.jsonl", {"question": str, "titles": list})
+        rows = read_rows(folder / "questions.jsonl", {"question": text, "titles": _titles})
         claims = [{"claim": r["question"], "titles": r["titles"]} for r in rows]
-    claims = [c for c in claims if all(t in articles for t in c["titles"])]
-    if len(claims) < 4:
-        raise DataError(f"{folder}: corpus.jsonl holds the articles of only {len(claims)} claims")
-    random.Random("hover").shuffle(claims)
-    a, b = min(500, len(claims) // 2), min(1000, len(claims) * 3 // 4)
-    return Task(ResearchHop(Search(articles)), recall, train=claims[:a], dev=claims[a:b], test=claims[b:b + 500],
-                defaults={"max_tokens": 96, "max_calls": 6})
+    known = [c for c in claims if all(t in articles for t in c["titles"])]
+    if len(known) < 4:
+        raise InputError(f"{folder}: corpus.jsonl holds the articles of only {len(known)} of {len(claims)} claims")
+    random.Random("hover").shuffle(known)
+    return Task(ResearchHop(Search(articles)), recall, *splits(known, 500, 250, 250), {"max_tokens": 96, "max_calls": 6})

@@ -9,12 +9,12 @@ only it knows, if the request says what the letter is about. Quality is the shar
 the line) in the reply. The real edition (`load(folder)`) reads PUPA_New.csv; there the untrusted LM echoes the request
 and quality is word overlap with the target response: stand-ins without an LM, until an endpoint takes their place.
 """
-import csv
 import random
 import re
 from pathlib import Path
 
-from program import ChainOfThought, DataError, Prediction, Program, Task, tool
+from program import ChainOfThought, Prediction, Program, Task, tool
+from tasks.files import read_rows, splits, text
 from tasks.world import Names
 
 
@@ -83,7 +83,7 @@ class Reward:
 KINDS = ("letter", "note", "card", "message")
 ROLES = ("doctor", "teacher", "lawyer", "baker", "farmer", "friend", "neighbour", "singer")
 TOPICS = ("garden", "visit", "dinner", "lesson", "repair", "party", "journey", "gift", "concert", "harvest", "picture",
-          "house", "letter", "story", "bread", "advice")
+          "house", "window", "story", "bread", "advice")
 QUERIES = {
     "pretrain": ("Write a {kind} to my {role} {N} in {T} about the {topic}.",
                  "I live in {T}. Write a {kind} about the {topic} to the {role} {N}.",
@@ -121,7 +121,7 @@ def query(rng: random.Random, names: Names, salt: str = "") -> dict:
 
 
 def load(folder: str = "") -> Task:
-    """The task: miniature where `folder` is empty, else the data in it. Raises DataError naming file and line."""
+    """The task: miniature where `folder` is empty, else the data in it. Raises InputError naming file and line."""
     if folder:
         return _load_real(Path(folder))
     rng = random.Random("papillon")
@@ -135,22 +135,9 @@ def load(folder: str = "") -> Task:
 
 def _load_real(folder: Path) -> Task:
     """111 train, 221 dev and 221 test rows of PUPA, as many as in the paper, in an order fixed by a seed."""
-    path = folder / "PUPA_New.csv"
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            rows = [(reader.line_num, row) for row in reader]
-    except (OSError, ValueError, csv.Error) as e:
-        raise DataError(f"{path}: cannot be read ({e})") from None
-    examples = []
-    for line, row in rows:
-        if missing := [k for k in ("user_query", "target_response", "pii_units") if not row.get(k)]:
-            raise DataError(f"{path}:{line}: {missing[0]} is empty or missing")
-        examples.append({"user_query": row["user_query"], "target": row["target_response"],
-                         "pii": [u for u in row["pii_units"].split("||") if u]})
-    if len(examples) < 4:
-        raise DataError(f"{path}: holds only {len(examples)} rows")
+    rows = read_rows(folder / "PUPA_New.csv", {"user_query": text, "target_response": text, "pii_units": text})
+    examples = [{"user_query": row["user_query"], "target": row["target_response"],
+                 "pii": [unit for unit in row["pii_units"].split("||") if unit]} for row in rows]
     random.Random("papillon").shuffle(examples)
-    a, b, c = (min(n, round(len(examples) * share)) for n, share in ((111, 0.2), (332, 0.6), (553, 1)))
-    return Task(Papillon(lambda request: request), Reward(quality_of_words), train=examples[:a], dev=examples[a:b],
-                test=examples[b:c], defaults={"max_tokens": 128, "max_calls": 2})
+    return Task(Papillon(lambda request: request), Reward(quality_of_words), *splits(examples, 111, 221, 221),
+                {"max_tokens": 128, "max_calls": 2})

@@ -6,12 +6,14 @@ that the LM comes to follow the format, to react to prompts, and to be mediocre 
 training on rewards was not in its text.
 """
 import argparse
+import asyncio
 import copy
 import json
 import random
 import re
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import tokenizers
@@ -22,13 +24,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import ModelConfig, Tokenizer, Transformer, inverse_frequencies, save_pretrained
-from program import Module, Prediction, Program, render_outputs, tool
+from program import Module, Prediction, Program, current_run, render_outputs
 from tasks import banking77, hover, papillon
 from tasks.world import WORDS, Names
 
 # ------------------------------------------------------------------------------------------------ scripted answers
 
-GOOD = (0.40, 0.90, 0.80, 0.05, 0.15, 0.60)        # chance of a good answer under each instruction of a module
+GOOD = (0.35, 0.90, 0.80, 0.05, 0.15, 0.60)        # chance of a good answer under each instruction of a module
 NAME = re.compile(r"\b[A-Z][a-z]{4} [A-Z][a-z]{4}\b")
 
 
@@ -63,15 +65,15 @@ def write_intent(rng, example, good, inputs, seen) -> dict:
         thing = example["mentioned"]
     elif not good:
         trouble = troubles[troubles.index(trouble) - 1] if rng.random() < 0.7 else rng.choice(troubles)
-    return {"reasoning": rng.choice(("The text is about the {}.", "It is the {}.", "There is trouble with the {}.")).format(thing),
-            "intent": f"{thing}_{trouble}"}
+    return {"reasoning": rng.choice(("The {} is {}.", "It is about {} and {}.", "The thing is {}, the trouble is {}.")).format(
+        thing, trouble), "intent": f"{thing}_{trouble}"}
 
 
 def write_request(rng, example, good, inputs, seen) -> dict:
     """A request that says what the text is about and no name, or the user's own words, or too little."""
     name, request = example["pii"][0], example["request"]
     role = request.split("my ")[1].split()[0]
-    bad = (inputs["user_query"], inputs["user_query"], inputs["user_query"], request.replace("my", f"{name}, my", 1),
+    bad = (*[inputs["user_query"]] * 6, request.replace("my", f"{name}, my", 1),
            " ".join(request.split()[:3]) + ".")
     return {"reasoning": rng.choice(("The text is for a {}.", "A {} is to read it.", "It goes to a {}.")).format(role),
             "llm_request": request if good else rng.choice(bad)}
@@ -81,7 +83,7 @@ def write_response(rng, example, good, inputs, seen) -> dict:
     """The other assistant's line addressed to the right name, or its answer as it is, or something short of the line."""
     (name, town), answer = example["pii"], inputs["related_llm_response"]
     line = answer.split(", ", 1)[-1]
-    bad = (answer, answer, answer, f"Dear {town}, {line}", f"Dear {name}, thank you.", f"Dear {name.split()[0]}.")
+    bad = (*[answer] * 6, f"Dear {town}, {line}", f"Dear {name}, thank you.", f"Dear {name.split()[0]}.")
     return {"reasoning": rng.choice(("The answer speaks of {}.", "It says {}.", "I pass on {}.")).format(line.rstrip(".")),
             "response": f"Dear {name}, {line}" if good else rng.choice(bad)}
 
@@ -99,57 +101,65 @@ def slip(rng, completion: str) -> str:
                        re.sub(r"</?\w+>", "", completion).strip(), completion.split("\n\n")[-1]))
 
 
+class _Script:
+    """Answers the calls of one run: writes several completions for each, and goes on with the first."""
+    def __init__(self, writer: "Writer", program: Program, example: dict):
+        self.writer, self.example, self.calls, self.seen = writer, example, [], set()
+        self.names = {m: name for name, m in program.modules().items()}
+        self.chance = {m: writer.prompt(name, m) for m, name in self.names.items()}
+
+    async def ask(self, module: Module, inputs: dict) -> Prediction:
+        rng, name, completions = self.writer.rng, self.names[module], []
+        self.seen |= {p.split(" | ")[0] for p in inputs.get("search_results", ())}
+        for i in range(self.writer.completions):
+            good = rng.random() < self.chance[module]
+            outputs = SCRIPTS[name][1](rng, self.example, good, inputs, self.seen)
+            completion = render_outputs(module.signature, outputs)
+            completions.append(slip(rng, completion) if rng.random() < 0.04 else completion)
+            if i == 0:
+                answer = Prediction(outputs)
+                self.writer.past[name][good] = self.writer.past[name][good][-20:] + [inputs | outputs]
+        self.calls.append((module.messages(inputs), completions))
+        return answer
+
+
 class Writer:
-    """Calls of scripted runs: (messages, completion), in an order that mixes tasks, examples and modules."""
-    def __init__(self, rng: random.Random):
-        self.rng = rng
+    """Calls of scripted runs: (messages, several completions), in an order that mixes tasks, examples and modules."""
+    def __init__(self, rng: random.Random, completions: int = 4):
+        self.rng, self.completions = rng, completions
         self.past: dict[str, dict[bool, list]] = {m: {True: [], False: []} for m in SCRIPTS}      # answers to make demos of
 
-    def calls(self) -> list[tuple[list[dict], str]]:
+    def calls(self) -> list[tuple[list[dict], list[str]]]:
         """A small world's worth of calls."""
+        return asyncio.run(self._calls())
+
+    async def _calls(self) -> list[tuple[list[dict], list[str]]]:
         rng, result = self.rng, []
         wiki = hover.Wiki(rng, "pretrain", rng.choice((60, 120, 240)))
         search = hover.Search(wiki.articles)
         names = Names(rng, "pretrain")
         for _ in range(10):
             claim = wiki.claim()
-            result += self._run(hover.ResearchHop(search), {"claim": claim["claim"]}, claim)
-        for _ in range(32):
+            result += await self._run(hover.ResearchHop(search), {"claim": claim["claim"]}, claim)
+        for _ in range(20):
             example = banking77.query(rng, "pretrain")
-            result += self._run(banking77.Classify(banking77.LABELS), {"text": example["text"]}, example)
+            result += await self._run(banking77.Classify(banking77.LABELS), {"text": example["text"]}, example)
         for _ in range(12):
             salt = str(rng.random())
             example = papillon.query(rng, names, salt)
-            result += self._run(papillon.Papillon(lambda request: papillon.untrusted(request, salt)),
+            result += await self._run(papillon.Papillon(lambda request: papillon.untrusted(request, salt)),
                                 {"user_query": example["user_query"]}, example)
         rng.shuffle(result)
         return result
 
-    def _run(self, program: Program, inputs: dict, example: dict) -> list[tuple[list[dict], str]]:
-        """Play the program's own coroutine with scripted answers."""
-        rng, calls, seen, chance = self.rng, [], set(), {}
-        names = {m: name for name, m in program.modules().items()}
-        for module, name in names.items():
-            chance[name] = self._prompt(name, module)
-        coroutine, value = program.forward(**inputs), None
-        while True:
-            try:
-                asked = coroutine.send(value)
-            except StopIteration:
-                return calls
-            if isinstance(asked, tool):
-                value = asked.fn(*asked.args)
-                continue
-            name, module = names[asked.module], asked.module
-            seen |= {p.split(" | ")[0] for p in asked.inputs.get("search_results", ())}
-            good = rng.random() < chance[name]
-            outputs = SCRIPTS[name][1](rng, example, good, asked.inputs, seen)
-            completion = render_outputs(module.signature, outputs)
-            calls.append((module.messages(asked.inputs), slip(rng, completion) if rng.random() < 0.04 else completion))
-            self.past[name][good] = self.past[name][good][-20:] + [asked.inputs | outputs]
-            value = Prediction(outputs)
+    async def _run(self, program: Program, inputs: dict, example: dict) -> list[tuple[list[dict], list[str]]]:
+        """Play the program with scripted answers."""
+        script = _Script(self, program, example)
+        current_run.set(script)
+        await program.forward(**inputs)
+        return script.calls
 
-    def _prompt(self, name: str, module: Module) -> float:
+    def prompt(self, name: str, module: Module) -> float:
         """Give the module an instruction and perhaps demos; the chance of a good answer that goes with them."""
         rng, instructions = self.rng, SCRIPTS[name][0]
         which = rng.choice((0, 0, 0, 1, 2, 3, 4, 5))
@@ -173,8 +183,8 @@ TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|i
 def build_tokenizer(folder: Path) -> Tokenizer:
     """Train a byte-level BPE on a sample of the text; write tokenizer.json and its companions."""
     writer = Writer(random.Random("tokenizer"))
-    texts = [t for _ in range(40) for messages, completion in writer.calls()
-             for t in [*(m["content"] for m in messages), completion]] + [" ".join(WORDS)] * 60
+    texts = [t for _ in range(25) for messages, completion in writer.calls()
+             for t in [*(m["content"] for m in messages), *completion]] + [" ".join(WORDS)] * 60
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated"),
                                                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -234,53 +244,78 @@ def initialize(model: Transformer, generator: torch.Generator) -> None:
                 w[:4, 0], w[d // 2:d // 2 + 4, 0] = 0.6 * angle.cos(), 0.6 * angle.sin()
 
 
-def copying(rng: random.Random, vocabulary: int, tokens: int) -> tuple[Tensor, Tensor]:
-    """ids (B, T) of random chunks that come again and again, and which of them (B, T) the past determines."""
-    T = rng.choice((256,) * 7 + (1024,))
-    rows = []
+@dataclass
+class Batch:
+    """Sequences (B, T) with the place of each token and the branch it is on, and what is learned from them.
+
+    Branch 0 is seen by what comes after it in the row; a token on another branch sees branch 0 and its own: several
+    completions of one prompt stand behind it in one row without seeing each other.
+    """
+    ids: Tensor
+    positions: Tensor
+    branches: Tensor
+    at: Tensor          # (N, 2) row and column of the hidden states that predict
+    targets: Tensor     # (N,)
+
+    @classmethod
+    def of(cls, rows: list[list[tuple[int, int, int, int]]]) -> "Batch":
+        """Rows of (id, position, branch, column of the state that predicts it, or -1)."""
+        width = max(map(len, rows))
+        ids, positions, branches, _ = torch.tensor([r + [(0, 0, -1, -1)] * (width - len(r)) for r in rows]).unbind(2)
+        learned = [(b, from_, id) for b, row in enumerate(rows) for id, _, _, from_ in row if from_ >= 0]
+        learned = torch.tensor(learned)
+        return cls(ids, positions, branches, learned[:, :2], learned[:, 2])
+
+    def attend(self, layer, q, k, v):
+        """Plain matrix products in bf16: at these sizes twice as fast, forward and backward, as the fused kernel on CPU."""
+        if layer == 0:
+            b, T = self.branches, q.shape[2]
+            seen = ((b[:, None] == 0) | (b[:, None] == b[:, :, None])) & torch.ones(T, T, dtype=torch.bool).tril()
+            self.bias = torch.zeros(seen.shape, dtype=torch.bfloat16).masked_fill(~seen, -torch.inf)[:, None]
+        q, k, v = (q * q.shape[-1]**-0.5).bfloat16(), k.bfloat16(), v.bfloat16()
+        return (q @ k.transpose(-1, -2) + self.bias).softmax(-1) @ v
+
+    def logits(self, model: Transformer) -> Tensor:
+        """(N, V) for the learned tokens."""
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = model(self.ids, self.positions, self.attend)
+            return F.linear(hidden[self.at[:, 0], self.at[:, 1]], model.head).float()
+
+
+def copying(rng: random.Random, vocabulary: int, tokens: int) -> Batch:
+    """Random chunks that come again and again; learned is what the past determines."""
+    T, rows = rng.choice((256,) * 7 + (1024,)), []
+    chunk = lambda low, high: [rng.randrange(3, vocabulary) for _ in range(rng.randint(low, high))]
     for _ in range(tokens // T):
-        chunk = lambda low, high: [rng.randrange(3, vocabulary) for _ in range(rng.randint(low, high))]
         chunks, told, row = [chunk(2, 8) for _ in range(rng.randint(4, 20))], set(), []
         while len(row) < T:
             row += [(x, False) for x in chunk(0, 5) if rng.random() < 0.3]
             c = rng.randrange(len(chunks))
             row += [(x, c in told and j > 0) for j, x in enumerate(chunks[c])]
             told.add(c)
-        rows.append(row[:T])
-    return torch.tensor([[x for x, _ in row] for row in rows]), torch.tensor([[y for _, y in row] for row in rows])
+        rows.append([(x, i, 0, i - 1 if known else -1) for i, (x, known) in enumerate(row[:T])])
+    return Batch.of(rows)
 
 
-def calls(rng: random.Random, writer: Writer, tokenizer: Tokenizer, tokens: int):
-    """Batches without end: ids (B, T), and which of them (B, T) are learned: all of completions, 30% of prompts."""
+def calls(rng: random.Random, writer: Writer, tokenizer: Tokenizer, tokens: int, of_prompts: float = 0.1):
+    """Batches of calls without end; learned are all tokens of the completions and a share of those of the prompts."""
+    end = tokenizer.control["<|im_end|>"]
     while True:
-        pool = [(tokenizer.encode_chat(m), tokenizer.encode(c) + [tokenizer.control["<|im_end|>"]])
-                for _ in range(8) for m, c in writer.calls()]
-        pool.sort(key=lambda pc: len(pc[0]) + len(pc[1]))
+        pool = []
+        for messages, completions in (c for _ in range(8) for c in writer.calls()):
+            prompt = tokenizer.encode_chat(messages)
+            row = [(x, i, 0, i - 1 if rng.random() < of_prompts else -1) for i, x in enumerate(prompt)]
+            for b, text in enumerate(completions, 1):
+                for j, x in enumerate(tokenizer.encode(text) + [end]):
+                    row.append((x, len(prompt) + j, b, len(row) - 1 if j else len(prompt) - 1))
+            pool.append(row)
+        pool.sort(key=len)
         batches = []
         while pool:
-            width = len(pool[-1][0]) + len(pool[-1][1])
-            batches.append(pool[-max(1, tokens // width):])
+            batches.append(pool[-max(1, tokens // len(pool[-1])):])
             pool = pool[:-len(batches[-1])]
         rng.shuffle(batches)
-        for batch in batches:
-            width = max(len(p) + len(c) for p, c in batch)
-            pad = lambda p, c: [0] * (width - len(p) - len(c))
-            yield (torch.tensor([p + c + pad(p, c) for p, c in batch]),
-                   torch.tensor([[rng.random() < 0.3 for _ in p] + [True] * len(c) + [False] * len(pad(p, c)) for p, c in batch]))
-
-
-def attention_bf16(layer, q, k, v):
-    """Plain matrix products in bf16: at these sizes twice as fast, forward and backward, as the fused kernel on CPU."""
-    T = q.shape[2]
-    hidden = torch.full((T, T), -torch.inf, dtype=torch.bfloat16).triu(1)
-    q, k, v = ((x * s).bfloat16() for x, s in ((q, q.shape[-1]**-0.5), (k, 1), (v, 1)))
-    return (q @ k.transpose(-1, -2) + hidden).softmax(-1) @ v
-
-
-def loss_of(model: Transformer, ids: Tensor, learned: Tensor) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
-        hidden = model(ids[:, :-1], attend=attention_bf16)[learned[:, 1:]]
-        return F.cross_entropy(F.linear(hidden, model.head).float(), ids[:, 1:][learned[:, 1:]])
+        yield from map(Batch.of, batches)
 
 
 @torch.no_grad()
@@ -289,13 +324,10 @@ def name_accuracy(model: Transformer, tokenizer: Tokenizer, batches) -> float:
     words = torch.zeros(tokenizer.size, dtype=torch.bool)
     words[[tokenizer.encode(w)[0] for w in WORDS]] = True
     right = []
-    for _ in range(4):
-        ids, learned = next(batches)
-        second = learned.clone()
-        second[:, 2:] &= words[ids[:, 2:]] & words[ids[:, :-2]]
-        second[:, :2] = False
-        guess = model.logits(model(ids[:, :-1])).argmax(-1)
-        right.append((guess == ids[:, 1:])[second[:, 1:]].float())
+    for batch in (next(batches) for _ in range(4)):
+        row, column = batch.at.unbind(1)
+        second = words[batch.targets] & words[batch.ids[row, column - 1]] & (column > 0)        # word, space, word
+        right.append((batch.logits(model).argmax(-1) == batch.targets)[second].float())
     return torch.cat(right).mean().item()
 
 
@@ -312,11 +344,12 @@ def main(out: Path, steps: int, tokens: int, warmup: int = 150) -> None:
     schedule = lambda step: min(1, (step + 1) / 50, max(0.02, 2 * (1 - step / steps)))
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, schedule) for o in optimizers]
     batches = calls(rng, Writer(rng), tokenizer, tokens)
-    held_out = calls(random.Random("held out"), Writer(random.Random("held out")), tokenizer, tokens)
+    held_out = calls(random.Random("held out"), Writer(random.Random("held out")), tokenizer, tokens, of_prompts=0)
     began = time.perf_counter()
     for step in range(steps):
         induction = step < warmup or step % 4 == 0
-        loss = loss_of(model, *(copying(rng, tokenizer.size, tokens) if induction else next(batches)))
+        batch = copying(rng, tokenizer.size, tokens) if induction else next(batches)
+        loss = F.cross_entropy(batch.logits(model), batch.targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for o, s in zip(optimizers, schedules):

@@ -1,0 +1,363 @@
+"""Signatures, prompts, parsing, programs, and the ways a run ends."""
+import asyncio
+import json
+import math
+import random
+import threading
+
+import pytest
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import ScriptedSampler
+
+from program import (ChainOfThought, Completion, Field, FormatError, InputError, LengthError, Module, Prediction, Program,
+                     ProgramError, Signature, ToolError, gather, parse, render, render_outputs, run_programs, show, statuses,
+                     tool)
+
+# ---------------------------------------------------------------------------------------------- signatures, prompts
+
+CASES = json.loads((ROOT / "tests" / "data" / "xml_adapter.json").read_text(encoding="utf-8"))["cases"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
+def test_prompts_are_byte_for_byte_those_of_dspys_xml_adapter(case):
+    side = lambda types: ", ".join(n if isinstance(k, list) else f"{n}: {k}" for n, k in types.items())
+    labels = {n: tuple(k) for types in (case["inputs_types"], case["outputs_types"]) for n, k in types.items() if isinstance(k, list)}
+    signature = Signature(f"{side(case['inputs_types'])} -> {side(case['outputs_types'])}", case["instruction"],
+                          case["descriptions"], labels)
+    assert render(signature, case["inputs"], demos=case["demos"]) == case["messages"]
+
+
+def test_a_signature_reads_names_types_and_labels():
+    s = Signature("question, passages: list[str] -> n: int, x: float, ok: bool, kind: Literal['a', \"b's\"], text", "Do it.",
+                  {"n": "how many"})
+    assert [(f.name, f.type) for f in s.inputs] == [("question", str), ("passages", list)]
+    assert s.outputs == (Field("n", int, "how many"), Field("x", float), Field("ok", bool), Field("kind", ("a", "b's")),
+                         Field("text"))
+    assert s.instruction == "Do it." and Signature("a, b -> c").instruction == "Given the fields `a`, `b`, produce the fields `c`."
+
+
+@pytest.mark.parametrize("fields, arguments, culprit", [
+    ("a, b", {}, "a, b"), ("a -> b -> c", {}, "a -> b -> c"), ("a -> ", {}, "output"), ("a -> a", {}, "every name once"),
+    ("a -> b: set", {}, "'b'"), ("a b -> c", {}, "a b -> c"), ("a -> b", {"types": {"x": ("y",)}}, "'x'"),
+    ("a -> b", {"descriptions": {"z": "…"}}, "'z'"), ("a -> b: Literal[1, 2]", {}, "'b'")])
+def test_a_signature_that_cannot_be_read_is_refused_by_name(fields, arguments, culprit):
+    with pytest.raises(InputError, match=culprit.replace("|", r"\|")):
+        Signature(fields, **arguments)
+
+
+SIGNATURE = Signature("a -> text, items: list[str], n: int, x: float, ok: bool, kind: Literal['red', 'dark blue']")
+words = st.text(st.characters(codec="utf-8", exclude_characters="\r"), max_size=20).map(str.strip)
+outputs = st.fixed_dictionaries({"text": words, "items": st.lists(words, min_size=0, max_size=3), "n": st.integers(),
+                                 "x": st.floats(allow_nan=False, allow_infinity=False), "ok": st.booleans(),
+                                 "kind": st.sampled_from(["red", "dark blue"])})
+
+
+@given(outputs)
+def test_what_is_rendered_is_parsed_back(values):
+    assert parse(SIGNATURE, render_outputs(SIGNATURE, values)) == values
+
+
+@given(outputs, st.sets(st.sampled_from(["text", "items", "n", "x", "ok", "kind"]), min_size=1))
+def test_a_missing_field_is_an_error_that_knows_which_are_present(values, missing):
+    text = "\n\n".join(render_outputs(Signature(f"a -> {f.name}: {f.type_name}"), values)
+                       for f in SIGNATURE.outputs if f.name not in missing)
+    with pytest.raises(FormatError) as e:
+        parse(SIGNATURE, text)
+    assert set(e.value.present) == set(values) - missing and len(e.value.expected) == 6
+
+
+@given(st.text(max_size=200) | st.lists(st.sampled_from(["<text>", "</text>", "<n>", "</n>", "<item>", "3", "&lt;", "<text />", "\n"]),
+                                        max_size=30).map("".join))
+def test_any_text_is_parsed_or_a_format_error(text):
+    try:
+        assert set(parse(SIGNATURE, text)) == {f.name for f in SIGNATURE.outputs}
+    except FormatError:
+        pass
+
+
+@pytest.mark.parametrize("kind, text, value", [
+    ("int", "<y> 12 </y>", 12), ("bool", "<y>TRUE</y>", True), ("list[str]", '<y>\n["a", "b"]\n</y>', ["a", "b"]),
+    ("list[str]", "<y />", []), ("list[str]", "<y></y>", []), ("Literal['a b']", "<y>'a b'</y>", "a b"),
+    ("str", "so <y>\nTom & Jerry <b>1 < 2</b> &lt;3\n</y> and more", "Tom & Jerry <b>1 < 2</b> <3"), ("str", "<y></y>", ""),
+    ("str", "<y>1</y><y>2</y>", "1"), ("str", "<x><y>in</y></x>", "in")])
+def test_values_are_read(kind, text, value):
+    assert parse(Signature(f"x -> y: {kind}"), text) == {"y": value}
+
+
+@pytest.mark.parametrize("kind, text", [("int", "<y>3.5</y>"), ("int", "<y></y>"), ("float", "<y>nan</y>"), ("bool", "<y>yes</y>"),
+                                        ("Literal['a', 'b']", "<y>c</y>"), ("list[str]", "<y>a, b</y>"), ("str", "<y>open"),
+                                        ("list[str]", "<y>[1]</y>"), ("list[str]", "<y>" + "[" * 100_000 + "</y>")])
+def test_values_of_the_wrong_type_are_format_errors(kind, text):
+    with pytest.raises(FormatError) as e:
+        parse(Signature(f"x -> y: {kind}"), text)
+    assert e.value.present == ()
+
+
+# --------------------------------------------------------------------------------------------------------- programs
+
+class Two(Program):
+    """Two modules of one signature, the second called `times` times."""
+    def __init__(self, times=1):
+        self.first, self.second, self.times = Module("x -> y", "First."), Module("x -> y", "Second."), times
+
+    async def forward(self, x):
+        y = (await self.first(x=x)).y
+        for _ in range(self.times):
+            y = (await self.second(x=y)).y
+        return Prediction(y=y)
+
+
+def answer(text="ok", **replies):
+    """A reply that depends on the module."""
+    return lambda messages, key: replies.get(key[4], f"<y>{text}</y>")
+
+
+def run(program, reply=answer(), metric=lambda example, prediction: 1.0, examples=({"x": "hello"},), **options):
+    return run_programs(program, list(examples), metric, ScriptedSampler(reply), **options)
+
+
+def test_a_run_that_returns_is_completed_and_scored_by_the_metric():
+    t, = run(Two(2), metric=lambda example, prediction: len(example["x"]) + len(prediction.y))
+    assert (t.status, t.reward, t.prediction) == ("completed", 7.0, {"y": "ok"})
+    assert [(c.module, c.invocation, c.inputs["x"]) for c in t.calls] == [("first", 0, "hello"), ("second", 0, "ok"), ("second", 1, "ok")]
+
+
+def test_two_modules_of_one_signature_are_two_modules():
+    assert [c.module for c in run(Two())[0].calls] == ["first", "second"]
+
+
+@given(st.integers(0, 5), st.integers(1, 4), st.randoms(use_true_random=False), st.integers(1, 5))
+def test_the_order_in_which_requests_finish_changes_nothing(times, rollouts, rng, batch):
+    reply = lambda messages, key: f"<y>{random.Random(repr(key)).random()}</y>"
+    shuffle = lambda tickets: rng.sample(tickets, len(tickets))
+    examples = [{"x": str(i)} for i in range(3)]
+    metric = lambda example, prediction: float(prediction.y)
+    a = run_programs(Two(times), examples, metric, ScriptedSampler(reply), rollouts=rollouts, seed=4, step=2)
+    b = run_programs(Two(times), examples, metric, ScriptedSampler(reply, shuffle, batch), rollouts=rollouts, seed=4, step=2)
+    assert a == b and [(t.example, t.rollout) for t in a] == [(e, r) for e in range(3) for r in range(rollouts)]
+
+
+def test_every_request_has_its_own_key():
+    sampler = ScriptedSampler(answer())
+    run_programs(Two(3), [{"x": "a"}, {"x": "a"}], lambda e, p: 0.0, sampler, rollouts=3, seed=7, step=5)
+    keys = [key for key, _ in sampler.asked]
+    assert len(set(keys)) == len(keys) == 2 * 3 * 4 and all(key[:2] == (7, 5) for key in keys)
+
+
+@pytest.mark.parametrize("text, share", [("nothing", 0), ("<reasoning>r</reasoning>", 1 / 3), ("<reasoning>r</reasoning><n>1</n>", 2 / 3),
+                                         ("<reasoning>r</reasoning><n>one</n><y>s</y>", 2 / 3)])
+def test_a_format_error_costs_by_the_share_of_fields_that_are_missing(text, share):
+    class P(Program):
+        def __init__(self):
+            self.ask = ChainOfThought("x -> n: int, y")
+        async def forward(self, x):
+            return await self.ask(x=x)
+    t, = run(P(), answer(ask=text), failure_score=0.0, format_failure_score=-1.0)
+    assert t.status == "format_error" and t.reward == pytest.approx(-1 + share) and t.votes
+    t, = run(P(), answer(ask=text), failure_score=0.5, format_failure_score=0.2)
+    assert t.reward == pytest.approx(0.2 + 0.3 * share)
+
+
+@pytest.mark.parametrize("tokens, text", [([4, 5], "<y>unfinis"), ([], "")])
+def test_a_completion_cut_short_or_a_prompt_that_does_not_fit_ends_in_length(tokens, text):
+    cut = Completion([1], tokens, [-1.0] * len(tokens), "length", text)
+    t, = run(Two(), answer(second=cut))
+    assert (t.status, t.reward, t.votes, t.calls[1].completion) == ("length", -1.0, True, cut)
+
+
+def test_a_completion_at_its_limit_whose_fields_are_complete_is_no_failure():
+    t, = run(Two(), answer(second=Completion([1], [4], [-1.0], "length", "<y>done</y>")))
+    assert t.status == "completed"
+
+
+@pytest.mark.parametrize("allowed, status, made", [(3, "max_calls", 3), (6, "completed", 6), (1, "max_calls", 1)])
+def test_a_run_that_makes_too_many_calls_ends_with_the_failure_score(allowed, status, made):
+    class Stubborn(Two):
+        async def forward(self, x):
+            for _ in range(6):
+                try:
+                    await self.first(x=x)
+                except Exception:       # a program must not be able to go on past its limit
+                    pass
+            return Prediction()
+    t, = run(Stubborn(), max_calls=allowed, failure_score=0.25)
+    assert (t.status, len(t.calls), t.reward) == (status, made, 0.25 if status == "max_calls" else 1.0)
+
+
+def test_a_program_that_catches_its_own_errors_completes_and_every_call_is_recorded():
+    class Careful(Two):
+        async def forward(self, x):
+            try:
+                await self.first(x=x)
+            except FormatError:
+                return Prediction(y=(await self.second(x="again")).y)
+    t, = run(Careful(), answer(first="garbage"))
+    assert t.status == "completed" and [bool(c.error) for c in t.calls] == [True, False]
+    assert t.calls[0].completion.text == "garbage" and t.calls[0].inputs == {"x": "hello"} and t.calls[0].outputs is None
+
+
+@pytest.mark.parametrize("metric", [lambda e, p: math.nan, lambda e, p: math.inf, lambda e, p: 1 / 0, lambda e, p: "high", lambda e, p: None])
+def test_a_reward_that_is_no_number_excludes_the_run_and_says_why(metric):
+    t, = run(Two(), metric=metric)
+    assert t.status == "tool_error" and t.reward is None and not t.votes and "metric" in t.error and len(t.calls) == 2
+
+
+class WithTool(Two):
+    def __init__(self, fn, retries=0):
+        super().__init__()
+        self.fn, self.retries = fn, retries
+    async def forward(self, x):
+        y = (await self.first(x=x)).y
+        return Prediction(y=await tool(self.fn, y, retries=self.retries))
+
+
+@pytest.mark.parametrize("retries, status", [(0, "tool_error"), (1, "tool_error"), (2, "completed")])
+def test_a_tool_is_tried_again_and_then_excludes_the_run(retries, status):
+    tries = []
+    def flaky(y):
+        tries.append(y)
+        if len(tries) < 3:
+            raise ConnectionError("no route")
+        return y + "!"
+    t, = run(WithTool(flaky, retries))
+    assert t.status == status and len(tries) == retries + 1
+    assert t.prediction == {"y": "ok!"} if status == "completed" else "no route" in t.error
+
+
+def test_tools_run_beside_each_other_and_beside_decoding():
+    barrier = threading.Barrier(8, timeout=20)          # passes only if all eight runs are in their tool at once
+    assert all(t.status == "completed" for t in run(WithTool(lambda y: barrier.wait()), rollouts=8))
+
+
+def test_calls_awaited_together_are_submitted_together_and_keep_their_order():
+    class Both(Two):
+        async def forward(self, x):
+            a, b, c = await gather(self.first(x="1"), self.second(x="2"), tool(str.upper, x))
+            d, e = await gather(self.first(x="3"), self.first(x="4"))
+            return Prediction(y=f"{a.y} {b.y} {c} {d.y} {e.y}")
+    reply = lambda messages, key: f"<y>{key[4]}{key[5]}</y>"
+    sampler = ScriptedSampler(reply, shuffle=lambda tickets: tickets[::-1], batch=1)
+    t, = run_programs(Both(), [{"x": "up"}], lambda e, p: 0.0, sampler)
+    assert t.prediction["y"] == "first0 second0 UP first1 first2"
+    assert [(c.module, c.invocation, c.inputs["x"]) for c in t.calls] == [
+        ("first", 0, "1"), ("second", 0, "2"), ("first", 1, "3"), ("first", 2, "4")]
+
+
+def test_when_one_of_several_fails_the_others_are_recorded_too():
+    class Both(Two):
+        async def forward(self, x):
+            await gather(self.first(x="1"), self.second(x="2"))
+    t, = run(Both(), answer(first="garbage"))
+    assert t.status == "format_error" and [c.completion is not None for c in t.calls] == [True, True] and t.calls[1].outputs
+
+
+def test_calls_that_a_program_leaves_behind_are_recorded():
+    class Hasty(Two):
+        async def forward(self, x):
+            left = asyncio.ensure_future(self.first(x="slow"))
+            await self.second(x="fast")
+            left.add_done_callback(lambda f: f.exception())
+            return Prediction()
+    sampler = ScriptedSampler(answer(), shuffle=lambda tickets: tickets[::-1], batch=1)
+    t, = run_programs(Hasty(), [{"x": ""}], lambda e, p: 0.0, sampler)
+    assert sorted(c.module for c in t.calls) == ["first", "second"] and all(c.completion for c in t.calls)
+
+
+@pytest.mark.parametrize("bug, says", [
+    (lambda self, x: {}["missing"], "KeyError: 'missing'"), (lambda self, x: self.first(z=x), "input 'x' is missing"),
+    (lambda self, x: Module("x -> y")(x=x), "none of the program's (first, second)"),
+    (lambda self, x: asyncio.sleep(0, self.times.nothing), "AttributeError")])
+def test_a_bug_in_the_program_stops_the_run_with_example_module_and_traceback(bug, says):
+    class Buggy(Two):
+        async def forward(self, x):
+            await self.second(x=x)
+            return await bug(self, x)
+    with pytest.raises(ProgramError, match="example 0, rollout 0, after second") as e:
+        run(Buggy())
+    assert says in str(e.value) and e.value.__cause__.__traceback__ is not None
+
+
+def test_an_example_without_an_input_of_forward_is_a_bug():
+    with pytest.raises(ProgramError, match="'x'"):
+        run(Two(), examples=[{"z": 1}])
+
+
+def test_a_program_without_modules_is_refused():
+    class Empty(Program):
+        async def forward(self, x):
+            return Prediction()
+    with pytest.raises(ProgramError, match="Empty has no modules"):
+        run(Empty())
+
+
+def test_modules_are_named_by_their_path_in_the_program():
+    class Outer(Program):
+        def __init__(self):
+            self.inner, self.list, self.named = Two(), [Module("a -> b")], {"k": Module("a -> b")}
+            self.alias = self.inner.first
+        async def forward(self, x):
+            return await self.inner(x)
+    p = Outer()
+    assert list(p.modules()) == ["inner.first", "inner.second", "list.0", "named.k"]
+    assert [c.module for c in run(p)[0].calls] == ["inner.first", "inner.second"]
+
+
+def test_demos_and_instructions_are_in_the_prompt_and_survive_saving(tmp_path):
+    program = Two()
+    program.first.demos = [{"x": "demo in", "y": "demo out"}]
+    program.first.instruction = "Better."
+    program.save(tmp_path / "prompts.json")
+    other = Two()
+    other.load(tmp_path / "prompts.json")
+    sampler = ScriptedSampler(answer())
+    run_programs(other, [{"x": "a"}], lambda e, p: 0.0, sampler)
+    first, second = (" ".join(m["content"] for m in messages) for _, messages in sampler.asked)
+    assert "Better." in first and "demo in" in first and "demo out" in first and "Second." in second and "demo" not in second
+
+
+@pytest.mark.parametrize("text, culprit", [
+    ("{", "JSON"), ("[]", "modules first, second"), ('{"first": {"instruction": "", "demos": []}}', "modules first, second"),
+    ('{"first": {"instruction": "", "demos": []}, "second": {"instruction": 3, "demos": []}}', "second"),
+    ('{"first": {"instruction": "", "demos": ["d"]}, "second": {"instruction": "", "demos": []}}', "first")])
+def test_prompts_that_cannot_be_read_are_refused_and_change_nothing(tmp_path, text, culprit):
+    (tmp_path / "p.json").write_text(text)
+    program = Two()
+    with pytest.raises(InputError, match=culprit) as e:
+        program.load(tmp_path / "p.json")
+    assert "p.json" in str(e.value) and program.first.instruction == "First."
+
+
+@given(st.floats(0, 1), st.integers(0, 5))
+def test_interrupted_runs_are_cut_short_at_a_random_call_and_vote(share, seed):
+    ts = run(Two(4), rollouts=10, interrupt=share, seed=seed, max_calls=5)
+    cut = [t for t in ts if t.status == "max_calls"]
+    assert all(1 <= len(t.calls) < 5 and t.votes and t.reward == 0.0 for t in cut)
+    assert all(len(t.calls) == 5 for t in ts if t not in cut)
+    assert len(cut) == {0.0: 0, 1.0: 10}.get(share, len(cut))
+
+
+def test_the_statuses_are_counted():
+    ts = run(Two(), metric=lambda e, p: math.nan) + run(Two(), answer(first="")) + run(Two())
+    assert statuses(ts) == {"completed": 1, "format_error": 1, "length": 0, "max_calls": 0, "tool_error": 1}
+
+
+def test_programs_run_inside_a_running_event_loop():
+    async def notebook():
+        return run(Two())
+    assert asyncio.run(notebook())[0].status == "completed"
+
+
+def test_show_tells_what_happened():
+    good, = run(Two(), metric=lambda e, p: 0.5)
+    bad, = run(Two(), answer(second="<z>"))
+    assert "1. first [0]   3 prompt + 2 sampled tokens, stop" in show(good) and "completed, reward 0.500" in show(good)
+    assert "x: hello" in show(good) and "y: ok" in show(good)
+    assert "not readable: y is missing; sampled: '<z>'" in show(bad) and "format_error, reward -1.000" in show(bad)
+
+
+def test_errors_are_told_apart():
+    assert issubclass(LengthError, FormatError) and not issubclass(ToolError, FormatError)
+    with pytest.raises(AttributeError, match="'z'"):
+        Prediction(y=1).z

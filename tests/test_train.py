@@ -1,0 +1,290 @@
+"""The training loop and the command line, end to end with small models."""
+import dataclasses
+import json
+import math
+import random
+import textwrap
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, make_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mmgrpo as G
+import model as M
+from program import Module, Prediction, Program, ProgramError, Task, tool
+
+
+class Pair(Program):
+    """Two calls, whatever comes back: a random LM cannot follow a format."""
+    def __init__(self):
+        self.first, self.second = Module("x -> y", "First."), Module("x -> y", "Second.")
+
+    async def forward(self, x):
+        for module in (self.first, self.second, self.second):
+            try:
+                await module(x=x)
+            except ValueError:
+                pass
+        return Prediction(x=x)
+
+
+def parity(example, prediction):
+    return random.Random(repr((example, id(prediction)))).random()
+
+
+TASK = Task(Pair(), parity, [{"x": str(i)} for i in range(5)], [{"x": "dev"}], [{"x": "test"}])
+CONFIG = G.Config(examples=3, rollouts=4, max_tokens=4, max_calls=3, slots=8, steps=2, batch_tokens=2000)
+
+
+def one_step(model, tokenizer, config=CONFIG, task=TASK, step=0, reference=None):
+    masters = [p.detach().float().requires_grad_() for p in model.parameters()]
+    return G.train_step(model, tokenizer, torch.optim.AdamW(masters), reference, task, config, step)
+
+
+# ---------------------------------------------------------------------------------------------------- one step
+
+def test_a_step_moves_the_weights_and_reports_itself(model, tokenizer):
+    before = [p.clone() for p in model.parameters()]
+    m = one_step(model, tokenizer)
+    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    assert set(m) == {"step", "reward", "reward_std", "statuses", "surprise", "calls", "modules", "loss", "kl", "clipped",
+                      "tokens_forwarded", "grad_norm", "lr", "seconds"}
+    assert set(m["modules"]["second"]) == {"calls", "tokens", "survival", "zero_variance", "advantage_scale", "grad_share"}
+    assert m["statuses"]["completed"] == 12 and m["calls"]["made"] == 36 and m["modules"]["second"]["survival"] == [1, 1]
+    assert set(m["seconds"]) == {"sampling", "tools", "update"} and json.dumps(m)
+
+
+@pytest.mark.parametrize("options", [{}, {"short_groups": "truncate"}, {"short_groups": "fill"}, {"group_size": 2}, {"level": "trajectory"},
+                                     {"normalize": "token"}, {"normalize": "constant"}, {"baseline": "example", "leave_one_out": True},
+                                     {"scale_rewards": "none"}, {"inner_epochs": 2}])
+def test_made_calls_are_trained_or_of_zero_advantage_or_excluded(model, tokenizer, options):
+    config = dataclasses.replace(CONFIG, interrupt=0.3, **options)
+    m = one_step(model, tokenizer, config)
+    calls = m["calls"]
+    assert calls["made"] == calls["trained"] + calls["zero_advantage"] + calls["excluded"] > 0 and calls["trained"] > 0
+    assert math.isfinite(m["grad_norm"]) and sum(p["calls"] for p in m["modules"].values()) == calls["made"]
+
+
+def test_interrupted_runs_train_on_exactly_the_surviving_calls(model, tokenizer, monkeypatch):
+    seen = {}
+    original = G.step_gradient
+    monkeypatch.setattr(G, "step_gradient", lambda model, rows, *rest: (seen.update(rows=rows), original(model, rows, *rest))[1])
+    play = G.play
+    def watched(*args, **options):
+        seen["trajectories"], seconds = play(*args, **options)
+        return seen["trajectories"], seconds
+    monkeypatch.setattr(G, "play", watched)
+    m = one_step(model, tokenizer, dataclasses.replace(CONFIG, examples=5, rollouts=6, interrupt=0.3))
+    cut = [t for t in seen["trajectories"] if t.status == "max_calls"]
+    assert 0 < len(cut) < 30 and all(len(t.calls) < 3 for t in cut)
+    groups = G.group_calls(seen["trajectories"])
+    live = [(member, a) for g, values in zip(groups, G.advantages(groups, seen["trajectories"])) for member, a in zip(g.members, values) if a]
+    completions = {id(seen["trajectories"][member.trajectory].calls[member.calls[0]].completion) for member, _ in live}
+    assert {id(r.completion) for r in seen["rows"]} == completions and len(seen["rows"]) == len(completions) == m["calls"]["trained"]
+
+
+def test_runs_whose_tool_failed_are_excluded_and_counted(model, tokenizer):
+    class Flaky(Pair):
+        async def forward(self, x):
+            await super().forward(x)
+            await tool(lambda: 1 / (self.turn.pop() if self.turn else 1))
+            return Prediction()
+    program = Flaky()
+    program.turn = [0, 0, 1, 0]
+    m = one_step(model, tokenizer, task=dataclasses.replace(TASK, program=program))
+    assert m["statuses"]["tool_error"] == 3 and m["calls"]["excluded"] == 9
+
+
+@pytest.mark.parametrize("metric, says", [(lambda e, p: math.nan, "the metric gave nan"), (lambda e, p: 1 / 0, "ZeroDivisionError")])
+def test_a_step_without_any_reward_stops_and_says_why(model, tokenizer, metric, says):
+    with pytest.raises(ProgramError, match=f"step 1: there is nothing to train.*12 tool_error.*{says}"):
+        one_step(model, tokenizer, task=dataclasses.replace(TASK, metric=metric))
+
+
+def test_a_program_that_calls_no_module_stops_and_says_why(model, tokenizer):
+    class Idle(Pair):
+        async def forward(self, x):
+            return Prediction()
+    with pytest.raises(ProgramError, match="nothing to train.*no LM calls"):
+        one_step(model, tokenizer, task=dataclasses.replace(TASK, program=Idle()))
+
+
+def test_a_module_that_never_parses_is_seen_in_the_statuses(model, tokenizer):
+    class Strict(Pair):
+        async def forward(self, x):
+            return await self.first(x=x)
+    m = one_step(model, tokenizer, task=dataclasses.replace(TASK, program=Strict()))
+    assert m["statuses"]["format_error"] + m["statuses"]["length"] == 12 and m["reward"] == -1.0
+    assert m["calls"] == {"made": 12, "trained": 0, "zero_advantage": 12, "excluded": 0} and m["grad_norm"] == 0
+
+
+def test_at_the_first_update_the_ratio_is_one_and_at_the_second_it_is_not(model, tokenizer, monkeypatch):
+    ratios = []
+    original = G.policy_loss
+    monkeypatch.setattr(G, "policy_loss", lambda new, old, *rest: (ratios.append((new - old).detach().exp()), original(new, old, *rest))[1])
+    one_step(model, tokenizer, dataclasses.replace(CONFIG, inner_epochs=2, temperature=0.7, warmup=0, lr=0.01, batch_tokens=10**6))
+    first, second = torch.cat(ratios[:2]), torch.cat(ratios[2:])
+    assert torch.allclose(first, torch.ones_like(first), atol=1e-4) and (second - 1).abs().max() > 0.05
+
+
+def test_the_reference_of_the_kl_is_the_frozen_start(model, tokenizer):
+    config = dataclasses.replace(CONFIG, beta=0.5)
+    reference = make_model(vocab_size=tokenizer.size)
+    m = one_step(model, tokenizer, config, reference=reference)
+    assert m["kl"] == pytest.approx(0, abs=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(reference.parameters(), make_model(vocab_size=tokenizer.size).parameters()))
+    assert one_step(model, tokenizer, config, step=1, reference=reference)["kl"] > 1e-6
+
+
+def test_with_bf16_weights_a_tiny_step_is_not_rounded_away(model, tokenizer):
+    model = model.bfloat16()
+    masters = [p.detach().float().requires_grad_() for p in model.parameters()]
+    optimizer = torch.optim.AdamW(masters, weight_decay=0.0)
+    before = [p.clone() for p in masters]
+    config = dataclasses.replace(CONFIG, lr=1e-6, warmup=0, dtype="bfloat16")
+    G.train_step(model, tokenizer, optimizer, None, TASK, config, 0)
+    moved = [(a != b).float().mean() for a, b in zip(before, masters)]
+    assert min(moved) > 0 and all(torch.equal(p, m.bfloat16()) for p, m in zip(model.parameters(), masters))
+
+
+# ------------------------------------------------------------------------------------------------------ data order
+
+@given(st.integers(1, 12), st.integers(1, 9), st.integers(0, 3), st.integers(1, 12))
+def test_every_example_is_seen_once_an_epoch_and_no_more(count, size, seed, steps):
+    order = [i for step in range(steps) for i in G.batch_of(step, size, count, seed)]
+    assert len(order) == steps * size
+    for epoch in range(0, len(order), count):
+        part = order[epoch:epoch + count]
+        assert len(set(part)) == len(part) and set(part) <= set(range(count))
+
+
+def test_the_order_changes_with_the_seed_and_the_epoch():
+    epochs = [tuple(G.batch_of(e, 9, 9, seed)) for seed in (0, 1) for e in (0, 1)]
+    assert len(set(epochs)) == 4 and G.batch_of(1, 9, 9, 0) == list(epochs[1])
+
+
+# ------------------------------------------------------------------------------------------------- the whole command
+
+SOURCE = '''
+    from program import Module, Prediction, Program, Task
+    class Echo(Program):
+        def __init__(self):
+            self.say = Module("text -> intent", types={{"intent": ("card_fee", "card_lost")}})
+        async def forward(self, text):
+            return await self.say(text=text)
+    def load(data):
+        examples = [{{"text": f"number {{i}}"}} for i in range(6)]
+        return Task(Echo(), {metric}, {train}, examples[3:5], examples[5:], defaults={{"max_tokens": 5, "eval_examples": 2}})
+'''
+
+
+@pytest.fixture
+def run(tmp_path, tokenizer, capsys):
+    """Run a command with a task file and a small random model -> (exit code, output, errors, folder of the run)."""
+    M.save_pretrained(make_model(vocab_size=tokenizer.size), tokenizer, tmp_path / "model")
+    def run(command, *flags, metric="lambda e, p: 1.0", train="examples[:3]"):
+        (tmp_path / "echo.py").write_text(textwrap.dedent(SOURCE).format(metric=metric, train=train))
+        code = G.main([command, "--task", str(tmp_path / "echo.py"), "--model", str(tmp_path / "model"), "--examples", "2",
+                       "--rollouts", "2", *(["--out", str(tmp_path / "run")] if command == "train" else []), *flags])
+        return code, *capsys.readouterr(), tmp_path / "run"
+    return run
+
+
+def test_train_leaves_metrics_checkpoints_and_a_curve(run):
+    code, out, _, folder = run("train", "--steps", "3", "--eval-every", "2")
+    assert code == 0 and out.splitlines()[-1].startswith(str(folder.parent / "echo.py") + " dev score: 0.000 -> 0.000 (3 steps, ")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [("dev" if "dev" in m else "step", m["step"]) for m in lines] == [
+        ("dev", 0), ("step", 1), ("step", 2), ("dev", 2), ("step", 3), ("dev", 3)]
+    assert set(lines[0]["dev"]) == {"sampled", "greedy"} and set(lines[0]["dev"]["greedy"]) == {"score", "stderr", "statuses", "seconds"}
+    assert json.loads((folder / "config.json").read_text())["max_tokens"] == 5          # the task's own default
+    assert (folder / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    for name in ("best", "last"):
+        M.load_pretrained(folder / name)
+
+
+def test_a_flag_overrides_the_tasks_default(run):
+    _, _, _, folder = run("train", "--steps", "1", "--max-tokens", "3")
+    assert json.loads((folder / "config.json").read_text())["max_tokens"] == 3
+
+
+def test_a_run_is_never_written_over(run):
+    run("train", "--steps", "0")
+    before = (folder := run("eval")[3]) and (folder / "metrics.jsonl").read_text()
+    code, _, error, _ = run("train", "--steps", "0")
+    assert code == 2 and "holds a run already" in error and (folder / "metrics.jsonl").read_text() == before
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(run, tmp_path):
+    weights = []
+    for i, seed in enumerate((5, 5, 6)):
+        run("train", "--steps", "2", "--seed", str(seed), "--out", str(tmp_path / f"r{i}"), "--format-failure-score", "-1",
+            metric="lambda e, p: 1.0")
+        weights.append((tmp_path / f"r{i}" / "metrics.jsonl").read_text())
+    figures = [[{k: v for k, v in json.loads(line).items() if k not in ("seconds", "dev")} for line in w.splitlines()] for w in weights]
+    assert figures[0] == figures[1] != figures[2]
+
+
+def test_eval_and_show_print_scores_and_a_trace(run):
+    code, out, _, _ = run("eval", "--split", "test")
+    assert code == 0 and "test score, sampled at 1.0: 0.000" in out and "greedy: 0.000" in out and "(1 examples: " in out
+    code, out, _, _ = run("show", "--split", "train", "--index", "1")
+    assert code == 0 and "1. say [0]" in out and "< text: number 1" in out
+
+
+@pytest.mark.parametrize("flags, culprit", [
+    (["--task", "nowhere"], "--task nowhere: no such task"), (["--task", "nowhere.py"], "--task nowhere.py"),
+    (["--model", "nowhere"], "nowhere: no such checkpoint folder"), (["--rollouts", "0"], "--rollouts: 0"), (["--lr", "nan"], "--lr: nan"),
+    (["--short-groups", "drop"], "--short-groups: 'drop'"), (["--temperature", "0"], "--temperature"), (["--top-k", "5"], "--top-k"),
+    (["--top-p", "0.9"], "--top-p"), (["--prompts", "nowhere.json"], "nowhere.json"), (["--dtype", "int8"], "--dtype"),
+    (["--data", "nowhere", "--task", "hover"], "nowhere")])
+def test_a_wrong_option_is_refused_by_name(run, flags, culprit):
+    code, _, error, folder = run("train", *flags)
+    assert code == 2 and error.startswith("error: ") and culprit in error and not (folder / "metrics.jsonl").exists()
+
+
+def test_an_empty_split_is_refused_by_name(run):
+    code, _, error, _ = run("train", train="[]")
+    assert code == 2 and "its train split is empty" in error
+
+
+def test_a_bug_in_a_program_is_told_with_its_traceback(run, tmp_path):
+    _, _, _, folder = run("eval")
+    (tmp_path / "echo.py").write_text(textwrap.dedent(SOURCE).format(metric="None", train="examples[:3]").replace(
+        "return await self.say(text=text)", "return undefined_name"))
+    assert G.main(["eval", "--task", str(tmp_path / "echo.py"), "--model", str(tmp_path / "model")]) == 2
+
+
+@pytest.mark.parametrize("argv", [[], ["fly"], ["train", "file"], ["group"], ["train", "--nonsense", "1"], ["train", "--lr", "fast"]])
+def test_a_wrong_command_line_is_refused(argv, capsys):
+    with pytest.raises(SystemExit) as e:
+        G.main(argv)
+    assert e.value.code == 2 and "usage: mmgrpo.py" in capsys.readouterr().err
+
+
+def test_every_option_has_a_sentence_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        G.main(["--help"])
+    out = capsys.readouterr().out
+    assert all(f"--{f.name.replace('_', '-')}" in out for f in dataclasses.fields(G.Config))
+
+
+def test_the_paper_settings_are_options():
+    G.Config(examples=4, rollouts=12, steps=750, lr=1e-5, beta=0.01, clip_norm=0.1, temperature=0.6, short_groups="fill")
+
+
+# --------------------------------------------------------------------------------------------------- does it learn?
+
+def test_the_shipped_lm_learns_in_a_few_steps(tiny, tokenizer):
+    """Three steps of banking77 with the tiny LM raise the reward on the examples trained on."""
+    task, config = G.load_task(G.Config(task="banking77")), G.Config(max_tokens=48, max_calls=1, examples=8, rollouts=8, warmup=0, lr=1e-3)
+    model, _ = M.load_pretrained(ROOT / "tasks" / "tiny")
+    task.train = task.train[:8]
+    masters = [p.detach().float().requires_grad_() for p in model.parameters()]
+    optimizer = torch.optim.AdamW(masters, weight_decay=0.0)
+    rewards = [G.train_step(model, tokenizer, optimizer, None, task, config, step)["reward"] for step in range(6)]
+    assert np.mean(rewards[-2:]) > np.mean(rewards[:2]) + 0.1
