@@ -9,24 +9,21 @@ follow the clipped policy gradient of the sampled tokens.
     python mmgrpo.py show --task hover             # one run on one example, as a readable trace
     python mmgrpo.py group trajectories.json       # the groups and advantages of trajectories made elsewhere
 
-Left out on purpose: other policy-gradient methods, reward models, more than one machine.
-Map, in the order the data flows: Config; Sampler; group_calls, advantages; token_logprobs, policy_loss; pack, update;
-evaluate, train; the command line. Programs and trajectories are in program.py, the transformer in model.py.
+Map, in the order the data flows: Config; Sampler; group_calls, advantages; token_logprobs, policy_loss; pack,
+step_gradient; evaluate, train. Programs and trajectories are in program.py, the transformer in model.py, the command
+line in cli.py. Left out on purpose: other policy-gradient methods, reward models, more than one machine.
 Letters: N loss-bearing tokens, S slots; the others as in model.py.
 """
 from __future__ import annotations
 
-import argparse
+import copy
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import math
 import random
-import re
 import sys
 import time
-import traceback
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,19 +34,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from model import CheckpointError, KVCache, Tokenizer, Transformer, load_pretrained, save_pretrained
-from program import Completion, InputError, ProgramError, Task, Trajectory, run_programs, show, statuses
-from report import measure, plot, read_trajectories
+from model import KVCache, Tokenizer, Transformer, save_pretrained
+from program import Completion, InputError, ProgramError, Task, Trajectory, run_programs, statuses
+from report import measure, plot
 
 # ------------------------------------------------------------------------------------------------- configuration
-
 @dataclass(frozen=True)
 class Config:
     """Every option; each field is a flag of the command line (`--short-groups fill`) and is saved with the run.
 
     A task may come with defaults of its own for some of these. The paper's: --examples 4 --rollouts 12 --steps 750
-    --lr 1e-5 --beta 0.01 --clip-norm 0.1 --temperature 0.6 --short-groups fill.
-    """
+    --lr 1e-5 --beta 0.01 --clip-norm 0.1 --temperature 0.6 --short-groups fill."""
     task: str = "hover"             # hover, banking77, papillon, or a Python file with a function load(data)
     model: str = "tasks/tiny"       # checkpoint folder in Hugging Face layout
     data: str = ""                  # folder with the task's real data; empty: the miniature edition
@@ -97,9 +92,9 @@ class Config:
     index: int = 0                  # of `show`: which example
 
     def __post_init__(self):
-        choices = {"level": ("call", "trajectory"), "short_groups": ("keep", "truncate", "fill"),
-                   "baseline": ("group", "example"), "scale_rewards": ("std", "none"),
-                   "normalize": ("sequence", "token", "constant"), "split": ("train", "dev", "test"), "dtype": ("float32", "bfloat16")}
+        choices = {"level": ("call", "trajectory"), "short_groups": ("keep", "truncate", "fill"), "baseline": ("group", "example"),
+                   "scale_rewards": ("std", "none"), "normalize": ("sequence", "token", "constant"),
+                   "dtype": ("float32", "bfloat16"), "split": ("train", "dev", "test")}
         positive = ("examples", "rollouts", "max_tokens", "max_calls", "slots", "inner_epochs", "batch_tokens", "eval_every")
         for f in dataclasses.fields(self):
             value, flag = getattr(self, f.name), f"--{f.name.replace('_', '-')}"
@@ -111,13 +106,11 @@ class Config:
 
 
 # ------------------------------------------------------------------------------------------------------- sampler
-
 def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0):
     """logits (S, V), uniform (S,) in [0, 1) -> one token a row and its exact log-prob under the distribution sampled.
 
     Inverse CDF: the first token whose cumulative probability exceeds uniform x total, so a token of probability 0 is
-    never drawn. Temperature 0 takes the most likely token, with log-prob 0.
-    """
+    never drawn. Temperature 0 takes the most likely token, with log-prob 0."""
     if temperature == 0:
         token = logits.argmax(-1)
         return token, torch.zeros(token.shape, device=logits.device)
@@ -139,8 +132,7 @@ class Sampler:
     Live sequences are in slots 0..n-1. Each `advance` refills free slots from the waiting prompts (one prefill for
     equal ones), then decodes one token for every live sequence; the last one moves into a finished one's slot. Token t
     of a request is drawn with the t-th number of a Philox stream seeded by the request's key, so its batch-mates do not
-    matter. Nothing is cached beyond the live sequences, so nothing survives an update of the weights.
-    """
+    matter. Nothing is cached beyond the live sequences, so nothing survives an update of the weights."""
     def __init__(self, model: Transformer, tokenizer: Tokenizer, *, slots: int = 64, max_tokens: int = 128,
                  temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, prefill_tokens: int = 8192):
         self.model, self.tokenizer, self.slots, self.max_tokens = model, tokenizer, slots, max_tokens
@@ -245,7 +237,6 @@ class Sampler:
 
 
 # ------------------------------------------------------------------------------- groups and advantages (Eq. 1, 2)
-
 @dataclass(frozen=True)
 class Member:
     """One run in a group: its place among the trajectories, and which of its calls are meant (one, or with
@@ -271,8 +262,7 @@ def group_calls(trajectories: list[Trajectory], short_groups: str = "keep", grou
     Runs may be ragged. `keep`: the members are the runs that reached the call. `truncate`: only calls that every
     voting run of the example reached. `fill`: a run with at least one call of the module is padded to the longest by
     drawing among its own calls (App. A, PadGroups). `group_size` k keeps k members evenly spaced in the order of
-    reward (App. A, SelectKDiverseElements). level="trajectory" makes one group an example, of whole runs.
-    """
+    reward (App. A, SelectKDiverseElements). level="trajectory" makes one group an example, of whole runs."""
     runs: dict = defaultdict(list)                          # example -> its voting runs
     for i, t in enumerate(trajectories):
         if t.votes:
@@ -324,8 +314,7 @@ def advantages(groups: list[Group], trajectories: list[Trajectory], baseline: st
 
     The baseline is the mean reward of the group, or of all voting runs of its example; `leave_one_out` takes the
     member's own reward out of it. The standard deviation (ddof 1) is that of the same rewards, the member's included.
-    Where those rewards are equal, or there is but one, every advantage is exactly 0.
-    """
+    Where those rewards are equal, or there is but one, every advantage is exactly 0."""
     runs: dict = defaultdict(list)
     for t in trajectories:
         if t.votes:
@@ -334,20 +323,18 @@ def advantages(groups: list[Group], trajectories: list[Trajectory], baseline: st
     for g in groups:
         rewards = np.array([m.reward for m in g.members])
         pool = rewards if baseline == "group" else np.array(runs[g.example])
-        if len(pool) < 2 or (pool == pool[0]).all():
-            result.append([0.0] * len(rewards))
-            continue
-        a = rewards - pool.mean()
-        if leave_one_out:
-            a = a * len(pool) / (len(pool) - 1)             # r - mean of the others
-        if scale_rewards == "std":
-            a = a / (pool.std(ddof=1) + 1e-4)
+        a = np.zeros(len(rewards))
+        if (pool != pool[0]).any():
+            a = rewards - pool.mean()
+            if leave_one_out:
+                a *= len(pool) / (len(pool) - 1)            # r - mean of the others
+            if scale_rewards == "std":
+                a /= pool.std(ddof=1) + 1e-4
         result.append(a.tolist())
     return result
 
 
 # ---------------------------------------------------------------------------------------------- loss (Eq. 7, Eq. 9)
-
 @dataclass(frozen=True)
 class Row:
     """A call in the loss: its completion, its advantage, and the weight of each of its tokens in the step's loss."""
@@ -363,8 +350,7 @@ def weigh(groups: list[Group], advantages: list[list[float]], trajectories: list
 
     `sequence` (Eq. 7): the mean over groups, over members, over the member's tokens; with level="trajectory" the
     tokens are those of the whole run (Eq. 9). `token` (DAPO, arXiv 2503.14476): the mean over all tokens of the step.
-    `constant` (Dr. GRPO, arXiv 2503.20783): the sum over all tokens, divided by runs x `constant`.
-    """
+    `constant` (Dr. GRPO, arXiv 2503.20783): the sum over all tokens, divided by runs x `constant`."""
     tokens = lambda m: sum(len(trajectories[m.trajectory].calls[c].completion.token_ids) for c in m.calls)
     total = sum(tokens(m) for g in groups for m in g.members)
     runs = sum(t.votes for t in trajectories)
@@ -423,8 +409,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weig
         L = - sum_t w_t [ min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A) - beta KL_t ]          (Eq. 7)
 
     KL is the k3 estimator r - log r - 1 with r = pi_ref / pi (http://joschu.net/blog/kl-approx.html), non-negative for
-    every token; its value is unbiased for tokens sampled from pi.
-    """
+    every token; its value is unbiased for tokens sampled from pi."""
     ratio = torch.exp(logprobs - old_logprobs)
     gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
     if beta:
@@ -434,7 +419,6 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weig
 
 
 # -------------------------------------------------------------------------------------------------------- update
-
 def pack(rows: list[Row], batch_tokens: int) -> list[list[Row]]:
     """Micro-batches of rows of like length, at most `batch_tokens` each with padding; rows without tokens are left out."""
     size = lambda row: len(row.completion.prompt_ids) + len(row.completion.token_ids) - 1      # the last is never input
@@ -450,8 +434,7 @@ def batch_logprobs(model: Transformer, batch: list[Row], temperature: float, voc
     """Log-probs (N,) of the sampled tokens of a micro-batch, row after row.
 
     The ids are the sampler's own, padded on the right. The hidden state that predicts token t of a completion stands at
-    position len(prompt) - 1 + t; only those N states reach the vocabulary projection.
-    """
+    position len(prompt) - 1 + t; only those N states reach the vocabulary projection."""
     tensor = lambda x: torch.tensor(x, device=model.head.device)
     sequences = [r.completion.prompt_ids + r.completion.token_ids for r in batch]
     width = max(map(len, sequences)) - 1
@@ -465,8 +448,7 @@ def step_gradient(model: Transformer, rows: list[Row], config: Config, vocabular
                   reference: Transformer | None = None) -> tuple[list[Tensor], dict]:
     """The gradient of the step's loss, one fp32 tensor per parameter, and its figures.
 
-    Rows are taken module by module, to see what each contributes, in micro-batches of at most config.batch_tokens.
-    """
+    Rows are taken module by module, to see what each contributes, in micro-batches of at most config.batch_tokens."""
     parameters, sums, norms = list(model.parameters()), Counter(), {}
     total = [torch.zeros_like(p, dtype=torch.float) for p in parameters]
     for module in sorted({r.module for r in rows}):
@@ -494,7 +476,6 @@ def step_gradient(model: Transformer, rows: list[Row], config: Config, vocabular
 
 
 # ----------------------------------------------------------------------------------------------- the training loop
-
 def batch_of(step: int, size: int, count: int, seed: int) -> list[int]:
     """Which of `count` examples step `step` (from 0) trains on: each once an epoch, in a new order every epoch."""
     order = lambda epoch: random.Random(repr(("order", seed, epoch))).sample(range(count), count)
@@ -553,21 +534,17 @@ def train_step(model, tokenizer, optimizer, reference, task: Task, config: Confi
     return metrics | figures | {"lr": parameters["lr"], "seconds": seconds | {"update": time.perf_counter() - began}}
 
 
-def train(config: Config) -> str:
-    """The whole run; what it leaves is in config.out (README, "What a run leaves"). Returns the line that sums it up."""
-    if config.top_k or config.top_p < 1:
-        raise InputError("--top-k and --top-p are for eval and show: what is trained must be the distribution sampled")
-    if not config.temperature:
-        raise InputError("--temperature: training needs more than 0")
-    task, (model, tokenizer) = load_task(config), load_model(config)
-    dev = split_of(task, "dev", config)
-    split_of(task, "train", config)
-    reference = load_model(config)[0] if config.beta else None
+def train(task: Task, model: Transformer, tokenizer: Tokenizer, config: Config, out: Path) -> tuple[float, float]:
+    """Train model's weights in place; return the dev score before and after. What it leaves in the folder `out` is
+    listed in the README ("What a run leaves")."""
+    for name, wrong in (("top_k", config.top_k), ("top_p", config.top_p < 1), ("temperature", config.temperature == 0)):
+        if wrong:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: is for evaluation; training samples from "
+                             "the distribution it trains, at a temperature above 0")
+    reference = copy.deepcopy(model) if config.beta else None
     masters = [p.detach().float().requires_grad_() for p in model.parameters()]     # fp32: a small step must not round away
     optimizer = torch.optim.AdamW(masters, weight_decay=config.weight_decay)
-    out = new_folder(config)
-    (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    began, scores, log = time.perf_counter(), [], (out / "metrics.jsonl").open("a")
+    dev, scores, log = task.dev[:config.eval_examples or None], [], (out / "metrics.jsonl").open("a")
     bar = tqdm(range(config.steps), desc=config.task, unit="step", disable=None)
 
     def record(entry: dict):
@@ -578,7 +555,7 @@ def train(config: Config) -> str:
         """Score the dev split as trained (sampled) and greedily; keep the weights as `last`, and the best as `best`."""
         sampled, greedy = (evaluate(model, tokenizer, task, dev, config, t) for t in (config.temperature, 0.0))
         record({"step": step, "dev": {"sampled": sampled, "greedy": greedy}})
-        for name in ("last", "best") if not scores or sampled["score"] > max(scores) else ("last",):
+        for name in ("last", "best") if sampled["score"] > max(scores, default=-math.inf) else ("last",):
             save_pretrained(model, tokenizer, out / name)
         scores.append(sampled["score"])
         bar.write(f"step {step:4d}  dev {scores[-1]:.3f} ± {sampled['stderr']:.3f}  greedy {greedy['score']:.3f}  "
@@ -586,124 +563,15 @@ def train(config: Config) -> str:
 
     check(0)
     for step in bar:
-        metrics = train_step(model, tokenizer, optimizer, reference, task, config, step)
-        record(metrics)
+        record(metrics := train_step(model, tokenizer, optimizer, reference, task, config, step))
         bar.set_postfix(reward=f"{metrics['reward']:.3f}", grad=f"{metrics['grad_norm']:.2f}", refresh=False)
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
             check(step + 1)
     log.close()
     plot(out)
-    return (f"{config.task} dev score: {scores[0]:.3f} -> {scores[-1]:.3f} ({config.steps} steps, "
-            f"{time.perf_counter() - began:.0f} s)")
-
-
-# -------------------------------------------------------------------------------------------------- command line
-
-def load_task(config: Config) -> Task:
-    """The task that config.task names: a file of tasks/, or any Python file with a function load(data)."""
-    path = Path(config.task if config.task.endswith(".py") else Path(__file__).parent / "tasks" / f"{config.task}.py")
-    if not path.is_file():
-        raise InputError(f"--task {config.task}: no such task ({path}; hover, banking77 and papillon are in tasks/)")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    task = module.load(config.data)
-    if config.prompts:
-        task.program.load(config.prompts)
-    return task
-
-
-def load_model(config: Config) -> tuple[Transformer, Tokenizer]:
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return load_pretrained(config.model, device, getattr(torch, config.dtype))
-
-
-def split_of(task: Task, split: str, config: Config) -> list[dict]:
-    """The examples of a split; of dev and test the first config.eval_examples."""
-    examples = getattr(task, split)
-    if not examples:
-        raise InputError(f"--task {config.task}: its {split} split is empty")
-    return examples[:config.eval_examples or None] if split != "train" else examples
-
-
-def new_folder(config: Config) -> Path:
-    """A folder for the run, never one that holds a run already: runs/hover, runs/hover-2, …"""
-    out = Path(config.out or f"runs/{Path(config.task).stem}")
-    if config.out and (out / "metrics.jsonl").exists():
-        raise InputError(f"--out {out}: holds a run already")
-    for i in range(2, 10**6):
-        if not (out / "metrics.jsonl").exists():
-            out.mkdir(parents=True, exist_ok=True)
-            return out
-        out = out.with_name(f"{Path(config.task).stem}-{i}")
-
-
-def run_eval(config: Config) -> str:
-    """Score a checkpoint on a split, sampled and greedily, with how the runs ended."""
-    task, (model, tokenizer) = load_task(config), load_model(config)
-    examples, lines = split_of(task, config.split, config), []
-    for name, temperature in ((f"sampled at {config.temperature}", config.temperature), ("greedy", 0.0)):
-        result = evaluate(model, tokenizer, task, examples, config, temperature)
-        lines.append(f"{config.task} {config.split} score, {name}: {result['score']:.3f} ± {result['stderr']:.3f} "
-                     f"({len(examples)} examples: {', '.join(f'{n} {s}' for s, n in result['statuses'].items() if n)})")
-    return "\n".join(lines)
-
-
-def run_show(config: Config) -> str:
-    """Run the program on one example and return the trace."""
-    task, (model, tokenizer) = load_task(config), load_model(config)
-    examples = getattr(task, config.split)
-    if config.index >= len(examples):
-        raise InputError(f"--index {config.index}: the {config.split} split has {len(examples)} examples")
-    return show(play(model, tokenizer, task, [examples[config.index]], config, config.temperature, step=-1)[0][0])
-
-
-def run_group(path: str, config: Config) -> str:
-    """Groups and advantages of trajectories made elsewhere, as JSON."""
-    trajectories = read_trajectories(path)
-    groups = group_calls(trajectories, config.short_groups, config.group_size, config.level, config.seed)
-    values = advantages(groups, trajectories, config.baseline, config.leave_one_out, config.scale_rewards)
-    place = lambda m: {"call": m.calls[0]} if config.level == "call" else {"calls": list(m.calls)}
-    members = lambda g, v: [{"rollout": trajectories[m.trajectory].rollout, **place(m), "advantage": a}
-                            for m, a in zip(g.members, v)]
-    return json.dumps({
-        "groups": [{"example": g.example, "module": g.module, "invocation": g.invocation, "members": members(g, v)}
-                   for g, v in zip(groups, values)],
-        "excluded": [{"example": t.example, "rollout": t.rollout, "reason": "tool_error"} for t in trajectories if not t.votes]})
-
-
-def parse_arguments(argv: list[str]) -> tuple[str, str, Config]:
-    """argv -> (command, FILE of `group`, Config). A flag overrides the task's own default, which overrides Config's."""
-    parser = argparse.ArgumentParser(prog="mmgrpo.py", description=__doc__.split("\n\n")[1])
-    parser.add_argument("command", choices=("train", "eval", "show", "group"))
-    parser.add_argument("file", nargs="?", help="of group: a JSON file of trajectories, or - for standard input")
-    source = Path(__file__).read_text(encoding="utf-8").split("class Config:")[1]
-    comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", source, re.M))     # each field's comment is its help
-    for f in dataclasses.fields(Config):
-        kind = {"action": argparse.BooleanOptionalAction} if f.type == "bool" else {
-            "type": {"int": int, "float": float, "str": str}[f.type], "metavar": f.type.upper()}
-        parser.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, **kind,
-                            help=f"{comments[f.name].replace('%', '%%')} [{f.default}]")
-    given = vars(parser.parse_args(argv))
-    command, file = given.pop("command"), given.pop("file")
-    if (command == "group") != (file is not None):
-        parser.error("group takes one FILE" if command == "group" else f"{command} takes no FILE")
-    config = Config(**given)
-    return command, file, config if command == "group" else Config(**(load_task(config).defaults | given))
-
-
-def main(argv: list[str]) -> int:
-    try:
-        command, file, config = parse_arguments(argv)
-        print(run_group(file, config) if command == "group" else
-              {"train": train, "eval": run_eval, "show": run_show}[command](config))
-        return 0
-    except (InputError, CheckpointError, ProgramError) as e:
-        if e.__cause__ is not None:                                 # a bug in the user's program: with its traceback
-            traceback.print_exception(e.__cause__)
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    return scores[0], scores[-1]
 
 
 if __name__ == "__main__":
+    from cli import main            # the command line's own names for what is in this file
     sys.exit(main(sys.argv[1:]))

@@ -47,14 +47,12 @@ def read_json(path: Path) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------- configuration
-
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of a transformer.
 
     Example: ModelConfig.from_hf({"architectures": ["Qwen3ForCausalLM"], "vocab_size": 2048, "hidden_size": 128,
-    "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 32})
-    """
+    "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 32})"""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -77,8 +75,7 @@ class ModelConfig:
     def from_hf(cls, raw: dict, where: str = "config.json") -> "ModelConfig":
         """Read a Hugging Face configuration, old style (`rope_theta`) or new (`rope_parameters`).
 
-        Raises CheckpointError naming the field that is missing, malformed or not supported.
-        """
+        Raises CheckpointError naming the field that is missing, malformed or not supported."""
         def get(key: str, kind=int, default=None, low=1, source=raw):
             value = default if source.get(key) is None else source[key]
             if not (type(value) is bool if kind is bool else
@@ -87,23 +84,21 @@ class ModelConfig:
                 raise CheckpointError(f"{where}: {key}: expected {expected}, found {value!r}")
             return kind(value)
 
-        names = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
-        architecture = raw.get("architectures") or [names.get(raw.get("model_type"))]
+        names = ("qwen2", "Qwen2ForCausalLM"), ("qwen3", "Qwen3ForCausalLM"), ("llama", "LlamaForCausalLM")
+        architecture = raw.get("architectures") or [dict(names).get(raw.get("model_type"))]
+        qwen2, qwen3, llama = (architecture == [name] for _, name in names)
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         rope = rope if isinstance(rope, dict) else {"rope_type": rope}
         scaling = rope.get("rope_type", rope.get("type", "default"))
         for key, value, supported in (
-                ("architectures", architecture, architecture in ([n] for n in names.values())),
-                ("quantization_config", raw.get("quantization_config"), not raw.get("quantization_config")),
+                ("architectures", architecture, qwen2 or qwen3 or llama),
                 ("hidden_act", raw.get("hidden_act"), raw.get("hidden_act", "silu") == "silu"),
-                ("use_sliding_window", raw.get("use_sliding_window"), not raw.get("use_sliding_window")),
-                ("layer_types", raw.get("layer_types"),
-                 all(t == "full_attention" for t in raw.get("layer_types") or ())),
+                ("layer_types", raw.get("layer_types"), {*map(str, raw.get("layer_types") or ())} <= {"full_attention"}),
                 ("rope_type", scaling, scaling in ("default", "llama3")),
-                ("partial_rotary_factor", "", rope.get("partial_rotary_factor", 1) == 1)):
+                ("partial_rotary_factor", "", rope.get("partial_rotary_factor", 1) == 1),
+                *((key, raw.get(key), not raw.get(key)) for key in ("quantization_config", "use_sliding_window"))):
             if not supported:
                 raise CheckpointError(f"{where}: {key} {value!r} is not supported")
-        qwen2, qwen3, llama = (architecture == [n] for n in ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM"))
         D, heads, bias = get("hidden_size"), get("num_attention_heads"), get("attention_bias", bool, False)
         llama3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         config = cls(
@@ -122,14 +117,12 @@ class ModelConfig:
 
 
 # ----------------------------------------------------------------------------------- rotary position embeddings
-
 @functools.lru_cache
 def inverse_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     """(d/2,) angular step per position of each rotated pair (RoFormer, arXiv 2104.09864), always fp32.
 
     With `llama3` scaling, wavelengths longer than original/low are stretched by `factor`, shorter than original/high
-    are kept, and those between are interpolated.
-    """
+    are kept, and those between are interpolated."""
     d = config.head_dim
     inverse = 1.0 / config.rope_theta ** (torch.arange(0, d, 2, device=device, dtype=torch.float32) / d)
     if config.rope_llama3:
@@ -147,48 +140,32 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------- transformer
-
 def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Scaled dot-product attention of q (B, H, T, d) over k, v (B, K, S, d): causal unless `mask` says what is seen.
 
-    This is the default `attend` of the transformer; a KV cache supplies others (`KVCache.prefill`, `KVCache.decode`).
-    """
+    This is the default `attend` of the transformer; a KV cache supplies others (`KVCache.prefill`, `KVCache.decode`)."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                           enable_gqa=q.shape[1] != k.shape[1])
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = x.float()                                          # in bf16 the mean of squares needs more bits
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
 
 
 class Attention(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.d = c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, c.heads * c.head_dim, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.hidden_size, c.kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.hidden_size, c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.q_proj = nn.Linear(c.hidden_size, c.heads * self.d, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.kv_heads * self.d, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.kv_heads * self.d, bias=c.qkv_bias)
         self.o_proj = nn.Linear(c.heads * c.head_dim, c.hidden_size, bias=c.o_bias)
         if c.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.norm_eps), RMSNorm(c.head_dim, c.norm_eps)
+            self.q_norm, self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps), nn.RMSNorm(c.head_dim, c.norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend) -> Tensor:
-        B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.d)              # (B, T, H, d)
-        k = self.k_proj(x).view(B, T, -1, self.d)              # (B, T, K, d)
-        v = self.v_proj(x).view(B, T, -1, self.d)
+        q, k, v = (proj(x).unflatten(-1, (-1, self.d)).transpose(1, 2)          # (B, H, T, d), (B, K, T, d) twice
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         y = attend(layer, rotate(q, cos, sin), rotate(k, cos, sin), v)          # (B, H, T, d)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -207,8 +184,8 @@ class Block(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.self_attn, self.mlp = Attention(c), MLP(c)
-        self.input_layernorm = RMSNorm(c.hidden_size, c.norm_eps)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.norm_eps)
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, c.norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, layer, attend)
@@ -217,13 +194,12 @@ class Block(nn.Module):
 
 class Transformer(nn.Module):
     """A decoder-only transformer. It has no dropout and no train mode: sampling and scoring are the same function."""
-
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
         if not config.tied:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for p in self.parameters():
@@ -236,11 +212,10 @@ class Transformer(nn.Module):
         return self.embed_tokens.weight if self.config.tied else self.lm_head.weight
 
     def forward(self, ids: Tensor, positions: Tensor | None = None, attend=attention) -> Tensor:
-        """ids (B, T) -> hidden states (B, T, D) after the final norm; a row sees itself and what precedes it.
+        """ids (B, T) -> hidden states (B, T, D) after the final norm, causal within each row.
 
         Rows may be padded on the right with any id: what follows a token never changes it. `positions` (B, T) default
-        to 0..T-1. `attend(layer, q, k, v)` defaults to causal attention within the row.
-        """
+        to 0..T-1; `attend(layer, q, k, v)` to causal attention."""
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
         angles = positions[..., None].float() * inverse_frequencies(self.config, ids.device)       # (B, T, d/2)
@@ -250,17 +225,15 @@ class Transformer(nn.Module):
             x = block(x, cos, sin, i, attend)
         return self.norm(x)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden (B, T, D) -> logits (B, T, V)."""
+    def logits(self, hidden: Tensor) -> Tensor:             # (B, T, D) -> (B, T, V)
         return F.linear(hidden, self.head)
 
 
 class KVCache:
-    """Keys and values of `slots` sequences, each with its own length; rows 0..n-1 are the ones decoding.
+    """Keys and values of `slots` sequences, each with its own length: `kv` (2, layers, slots, K, size, d), `lengths` (slots,).
 
     model(prompts, attend=cache.prefill(slots, rows)) stores prompts; model(last, positions, cache.decode(n, longest))
-    runs one step of n rows. `kv` is (2, layers, slots, K, size, d), `lengths` (slots,).
-    """
+    runs one step of the rows 0..n-1."""
     def __init__(self, config: ModelConfig, slots: int, size: int, device=None, dtype=None):
         self.kv = torch.zeros(2, config.layers, slots, config.kv_heads, size, config.head_dim, device=device, dtype=dtype)
         self.lengths = torch.zeros(slots, dtype=torch.long, device=device)
@@ -286,13 +259,11 @@ class KVCache:
 
 
 # ----------------------------------------------------------------------------------------------------- tokenizer
-
 class Tokenizer:
     """The checkpoint's own tokenizer.json, chat template and end tokens.
 
     `size` is one more than the largest id; `end_ids` are all ids that end a completion; `control` maps the text of each
-    added token to its id. Raises CheckpointError naming the file that is missing, malformed or insufficient.
-    """
+    added token to its id. Raises CheckpointError naming the file that is missing, malformed or insufficient."""
     FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
              "chat_template.jinja")
 
@@ -307,8 +278,7 @@ class Tokenizer:
             self.plain = tokenizers.Tokenizer.from_str(json.dumps(raw | {"added_tokens": []}))
         except Exception as e:                                 # the library raises bare Exception
             raise CheckpointError(f"{folder / 'tokenizer.json'}: not a tokenizer ({e})") from None
-        for t in (self.tokenizer, self.plain):
-            t.no_padding(), t.no_truncation()
+        self.plain.no_padding(), self.plain.no_truncation()
         added = self.tokenizer.get_added_tokens_decoder()
         if greedy := [t.content for t in added.values() if t.lstrip or t.rstrip or t.single_word]:
             raise CheckpointError(f"{folder / 'tokenizer.json'}: added token {greedy[0]!r} depends on its surroundings "
@@ -318,9 +288,8 @@ class Tokenizer:
         self.control_pattern = re.compile("|".join(map(re.escape, sorted(self.control, key=len, reverse=True))) or r"(?!)")
 
         special = {k: v.get("content") if isinstance(v, dict) else v for k, v in config.items() if k.endswith("_token")}
-        ends = [self.control.get(str(special.get("eos_token")))]
-        for ids in (c.get("eos_token_id") for c in others):    # a number or a list of them, in either file
-            ends += ids if isinstance(ids, list) else [ids]
+        ids = [c.get("eos_token_id") for c in others]           # a number or a list of them, in either file
+        ends = [self.control.get(str(special.get("eos_token")))] + [i for x in ids for i in (x if type(x) is list else [x])]
         ends = [i for i in ends if i is not None]
         if not ends or any(type(i) is not int or not 0 <= i < self.size for i in ends):
             raise CheckpointError(f"{folder}: end tokens: expected ids below {self.size} from eos_token_id (config.json, "
@@ -329,22 +298,20 @@ class Tokenizer:
         self.template = self._template(folder, config.get("chat_template"), special)
 
     def _template(self, folder: Path, source, special: dict) -> jinja2.Template:
-        if isinstance(source, list):                           # several named templates: the default one
-            source = {t.get("name"): t.get("template") for t in source}.get("default")
-        source = self.files.get("chat_template.jinja", b"").decode() or source
+        """The chat template, sandboxed from the interpreter, and without a clock: no prompt depends on the day."""
         def refuse(message):
             raise jinja2.TemplateError(message)
-        # The sandbox keeps a hostile template from the interpreter. It has no clock, so that a prompt does not depend on
-        # the day: templates that ask for the date fall back on a fixed one.
         env = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                            extensions=["jinja2.ext.loopcontrols"])
         env.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
         env.globals.update(special, raise_exception=refuse)
         try:
-            return env.from_string(source)
-        except (jinja2.TemplateError, TypeError, AttributeError) as e:
+            if isinstance(source, list):                       # several named templates: the default one
+                source = {t["name"]: t["template"] for t in source}["default"]
+            return env.from_string(self.files.get("chat_template.jinja", b"").decode() or source)
+        except (jinja2.TemplateError, TypeError, AttributeError, LookupError, UnicodeDecodeError) as e:
             raise CheckpointError(f"{folder}: chat_template (tokenizer_config.json or chat_template.jinja): "
-                                  f"{e if source else 'missing'}") from None
+                                  f"{'missing' if source is None else e}") from None
 
     def encode(self, text: str) -> list[int]:
         """Text -> ids, none of them a control token whatever the text says."""
@@ -354,8 +321,7 @@ class Tokenizer:
         """Messages -> prompt ids up to where the assistant begins. Control tokens come from the template alone.
 
         Where a content spells a control token, a mark that occurs nowhere else is put inside it before rendering, the
-        text is split at the remaining (true) control tokens, and the mark is taken out of the pieces between.
-        """
+        text is split at the remaining (true) control tokens, and the mark is taken out of the pieces between."""
         mark = next(c for c in map(chr, range(0xE000, 0xF8FF)) if not any(c in m["content"] for m in messages))
         def disarm(content: str) -> str:
             while self.control_pattern.search(content):        # again, because matches may overlap
@@ -378,9 +344,7 @@ class Tokenizer:
 
 
 # --------------------------------------------------------------------------------------------------- checkpoints
-
-def _disk_name(name: str) -> str:
-    return name if name.startswith("lm_head.") else f"model.{name}"
+_disk_name = lambda name: name if name.startswith("lm_head.") else f"model.{name}"
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -403,8 +367,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 def load_pretrained(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Transformer, Tokenizer]:
     """A checkpoint folder in Hugging Face layout -> (Transformer, Tokenizer).
 
-    Raises CheckpointError where a file is missing or corrupt, or a tensor is missing, unknown or of a wrong shape.
-    """
+    Raises CheckpointError where a file is missing or corrupt, or a tensor is missing, unknown or of a wrong shape."""
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint folder")

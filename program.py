@@ -13,8 +13,8 @@ A program is ordinary Python that awaits modules and tools:
     trajectories = run_programs(Research(search), examples, metric, sampler, rollouts=8)
 
 `await module(...)` suspends the run (an asyncio task) and hands the sampler a prompt. All runs are live at once and keep
-the sampler full across modules, examples and rollouts; each is resumed when its completion is there. The trace is written
-here, not by the program: one that catches its own errors still leaves every call recorded.
+the sampler full; each is resumed when its completion is there. The trace is written here, not by the program: one that
+catches its own errors still leaves every call recorded.
 
 Map: errors, Signature, the XML adapter (render, parse), Module and Program, records, run_programs, show.
 """
@@ -46,6 +46,10 @@ class ProgramError(RuntimeError):
     """A bug in the user's program. The message names the example and the last call; the cause has the traceback."""
 
 
+class ToolError(RuntimeError):
+    """A tool that failed after its retries."""
+
+
 class FormatError(ValueError):
     """A completion whose output fields could not all be read. `present` are those that could."""
     def __init__(self, message: str, present: tuple[str, ...] = (), expected: tuple[str, ...] = ()):
@@ -57,18 +61,11 @@ class LengthError(FormatError):
     """A completion cut by its token limit before its fields were complete, or a prompt that did not fit."""
 
 
-class ToolError(RuntimeError):
-    """A tool that failed after its retries."""
-
-
 # ---------------------------------------------------------------------------------------------------- signatures
-
 @dataclass(frozen=True)
 class Field:
     """One input or output. `type` is str, int, float, bool, list (of str), or a tuple: the closed set of its labels.
-
-    Example: Field("intent", ("card_lost", "pin_blocked"), "what the customer wants")
-    """
+    Example: Field("intent", ("card_lost", "pin_blocked"), "what the customer wants")"""
     name: str
     type: Any = str
     description: str = ""
@@ -76,9 +73,8 @@ class Field:
     @property
     def type_name(self) -> str:
         quote = lambda s: f'"{s}"' if "'" in s and '"' not in s else "'" + s.replace("'", "\\'") + "'"
-        if isinstance(self.type, tuple):
-            return f"Literal[{', '.join(map(quote, self.type))}]"
-        return "list[str]" if self.type is list else self.type.__name__
+        labels = ", ".join(map(quote, self.type)) if isinstance(self.type, tuple) else ""
+        return f"Literal[{labels}]" if labels else "list[str]" if self.type is list else self.type.__name__
 
 
 class Signature:
@@ -87,9 +83,8 @@ class Signature:
     Signature("question, passages: list[str] -> answer, sure: bool", "Answer.", {"answer": "a short phrase"})
     Signature("text -> intent", types={"intent": ("card_lost", "pin_blocked")})
 
-    Types are str (default), int, float, bool, list[str] and Literal['a', 'b'] in the text, or a tuple of labels in
-    `types`. Raises InputError naming the field that cannot be read.
-    """
+    Types are str (default), int, float, bool, list[str] and Literal['a', 'b'], or a tuple of labels in `types`. Raises
+    InputError naming the field that cannot be read."""
     def __init__(self, fields: str, instruction: str = "", descriptions: dict[str, str] | None = None,
                  types: dict[str, tuple[str, ...]] | None = None):
         descriptions, types = descriptions or {}, types or {}
@@ -120,7 +115,6 @@ def _type(arg: ast.arg, types: dict) -> Any:
 
 
 # --------------------------------------------------------- the XML adapter: fields to chat messages, text to fields
-
 def _tag(f: Field, value: Any, output: bool = False) -> str:
     """A field with its value: lists and objects as JSON, a list in an untyped field as numbered quotes."""
     escape = lambda s: str(s).replace("&", "&amp;").replace("<", "&lt;")
@@ -144,17 +138,14 @@ def _placeholder(f: Field) -> str:
     return _tag(f, f"{{{f.name}}}" + (f"        # note: the value you produce must {must}" if must else ""))
 
 
-def render_outputs(signature: Signature, values: dict) -> str:
+def render_outputs(signature: Signature, values: dict, missing: str = "Not supplied for this particular example. ") -> str:
     """The completion that has these output fields; `parse` reads them back."""
-    missing = "Not supplied for this particular example. "
     return "\n\n".join(_tag(f, values.get(f.name, missing), output=True) for f in signature.outputs)
 
 
 def render(signature: Signature, inputs: dict, instruction: str | None = None, demos: list[dict] = ()) -> list[dict]:
     """A call as chat messages: byte for byte what DSPy 3.4's XMLAdapter makes of the same signature, inputs and demos.
-
-    Demos become pairs of user and assistant messages, those that lack fields first and marked as such.
-    """
+    Demos become pairs of user and assistant messages, those that lack fields first and marked as such."""
     def message(role: str, *parts: str) -> dict:
         return {"role": role, "content": "\n\n".join(parts).strip()}
     listing = lambda fields: "\n".join(f"{i}. `{f.name}` ({f.type_name}): {f.description}"
@@ -168,9 +159,9 @@ def render(signature: Signature, inputs: dict, instruction: str | None = None, d
         "\n\n".join(_placeholder(f) for f in signature.outputs)
         + "\nIn adhering to this structure, your objective is: " + ("\n" + " " * 8).join(["", *lines])))
     nested = " ".join(_placeholder(f) for f in signature.outputs if f.type is list)
-    request = ("Respond with the corresponding output fields wrapped in XML tags "
-               + ", then ".join(f"`<{f.name}>`" for f in signature.outputs) + "."
-               + (f" Use this nested XML structure: {nested}" if nested else ""))
+    request = (f"Respond with the corresponding output fields wrapped in XML tags "
+               f"{', then '.join(f'`<{f.name}>`' for f in signature.outputs)}."
+               + f" Use this nested XML structure: {nested}" * bool(nested))
     partial, whole = [], []
     for d in demos:
         pair = [message("user", given(d)), {"role": "assistant", "content": render_outputs(signature, d)}]
@@ -205,9 +196,7 @@ def _read(f: Field, text: str) -> Any:
 
 def parse(signature: Signature, text: str) -> dict:
     """A completion -> its output fields, the first of each name. Raises FormatError with the fields that were there.
-
-    Tags are read one after another, so that text around them, `&` and `<` in a value, and tags inside one do no harm.
-    """
+    Tags are read one after another, so that text around them, `&` and `<` in a value, and tags inside one do no harm."""
     names = tuple(f.name for f in signature.outputs)
     tag, at, found = re.compile(f"<({'|'.join(names)})( ?/)?>"), 0, {}
     while m := tag.search(text, at):
@@ -228,13 +217,12 @@ def parse(signature: Signature, text: str) -> dict:
 
 
 # ------------------------------------------------------------------------------------------ modules and programs
-
 class Prediction(dict):
     """Named values, read as attributes: what a module call or a whole program returns."""
     def __getattr__(self, name: str) -> Any:
-        if name not in self:
-            raise AttributeError(f"no field {name!r} (there are {', '.join(self) or 'none'})")
-        return self[name]
+        if name in self:
+            return self[name]
+        raise AttributeError(f"no field {name!r} (there are {', '.join(self) or 'none'})")
 
 
 current_run: contextvars.ContextVar = contextvars.ContextVar("the run whose `ask` answers module calls")
@@ -242,9 +230,7 @@ current_run: contextvars.ContextVar = contextvars.ContextVar("the run whose `ask
 
 class Module:
     """An LM call with its own prompt: a signature, an instruction and demos, the last two free to be optimised.
-
-    Example: ask = Module("question -> answer", "Answer in one word."); answer = (await ask(question="…")).answer
-    """
+    Example: ask = Module("question -> answer", "Answer in one word."); answer = (await ask(question="…")).answer"""
     def __init__(self, signature: str | Signature, instruction: str = "", descriptions: dict[str, str] | None = None,
                  types: dict[str, tuple[str, ...]] | None = None):
         if isinstance(signature, str):
@@ -288,14 +274,8 @@ async def gather(*parts) -> list:
 
 
 class Program:
-    """Subclass it: modules are attributes, `async def forward(self, …)` is the control flow.
-
-    One program object serves all runs at once, so a run keeps its state in local variables. forward is called with
-    those entries of the example that it has parameters for.
-    """
-    async def forward(self, **inputs) -> Prediction:
-        raise NotImplementedError
-
+    """Subclass it: modules are attributes, `async def forward(self, …)` is the control flow, called with those entries of
+    the example that it has parameters for. One object serves all runs at once: a run keeps its state in local variables."""
     def __call__(self, *args, **kwargs):
         return self.forward(*args, **kwargs)
 
@@ -335,13 +315,11 @@ class Program:
 
 
 # ------------------------------------------------------------------------------------------------------- records
-
 @dataclass(frozen=True)
 class Completion:
     """What the LM was given and what it sampled, untouched until the loss.
 
-    Example: Completion(prompt_ids=[1, 20, 21], token_ids=[30, 2], logprobs=[-0.7, -0.1], finish_reason="stop", text="Yes")
-    """
+    Example: Completion(prompt_ids=[1, 20, 21], token_ids=[30, 2], logprobs=[-0.7, -0.1], finish_reason="stop", text="Yes")"""
     prompt_ids: list[int]
     token_ids: list[int]        # [T] the sampled end token included
     logprobs: list[float]       # [T] under the distribution sampled
@@ -382,13 +360,10 @@ class Trajectory:
 
 @dataclass
 class Task:
-    """What is trained: a program, the metric of its runs, and examples as dicts that forward and metric read.
-
-    `metric(example, prediction)` is the reward of a completed run; `defaults` are values for fields of the trainer's
-    Config, used where the command line says nothing.
-    """
+    """What is trained: a program, the metric of its runs, and examples as dicts that forward and metric read. `defaults`
+    are values for fields of the trainer's Config, used where the command line says nothing."""
     program: Program
-    metric: Callable[[dict, Any], float]
+    metric: Callable[[dict, Any], float]        # (example, prediction) -> the reward of a completed run
     train: list[dict]
     dev: list[dict]
     test: list[dict]
@@ -396,7 +371,6 @@ class Task:
 
 
 # -------------------------------------------------------------------------------------------------------- driver
-
 def run_programs(program: Program, examples: list[dict], metric: Callable[[dict, Any], float], sampler, *,
                  rollouts: int = 1, seed: int = 0, step: int = 0, max_calls: int = 32, failure_score: float = 0.0,
                  format_failure_score: float = -1.0, interrupt: float = 0.0) -> list[Trajectory]:
@@ -404,73 +378,66 @@ def run_programs(program: Program, examples: list[dict], metric: Callable[[dict,
 
     How a run ends, and its reward: `completed` (metric(example, prediction)); `format_error` (from
     format_failure_score to failure_score by the share of fields that could be read); `length` (format_failure_score);
-    `max_calls` (failure_score); `tool_error` (none: a tool failed, or the metric raised or gave NaN).
-    `interrupt` is a fault put in on purpose: that share of the runs is cut short at a random call.
+    `max_calls` (failure_score); `tool_error` (none: a tool failed, or the metric raised or gave NaN). `interrupt`, a
+    fault put in on purpose, cuts that share of the runs short at a random call. Raises ProgramError for a wrong program.
 
     Of the sampler two methods are used: submit(messages, key) -> ticket, and advance() -> [(ticket, Completion)]. The
-    key, (seed, step, example, rollout, module, invocation), seeds a request's randomness: scheduling changes nothing.
-    Raises ProgramError where the program itself is wrong.
-    """
-    driver = _Driver(program, metric, sampler, (seed, step), format_failure_score, failure_score)
-    for e, example in enumerate(examples):
-        for r in range(rollouts):
-            cut = random.Random(repr(("interrupt", seed, step, e, r)))
-            limit = cut.randrange(1, max(max_calls, 2)) if cut.random() < interrupt else max_calls
-            driver.runs.append(_Run(driver, e, r, example, limit))
+    key, (seed, step, example, rollout, module, invocation), seeds a request's randomness: scheduling changes nothing."""
+    names, tickets = {m: name for name, m in program.modules().items()}, {}             # ticket -> future completion
+    if not names:
+        raise ProgramError(f"{type(program).__name__} has no modules: nothing calls the LM")
+
+    def run(e: int, r: int) -> _Run:
+        cut = random.Random(repr(("interrupt", seed, step, e, r)))
+        limit = cut.randrange(1, max(max_calls, 2)) if cut.random() < interrupt else max_calls
+        return _Run(program, names, metric, sampler, tickets, examples[e], (seed, step, e, r), limit,
+                    format_failure_score, failure_score)
+
+    async def drive() -> list[Trajectory]:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(64))         # of tools: they mostly wait
+        tasks = [asyncio.create_task(run(e, r).play()) for e in range(len(examples)) for r in range(rollouts)]
+        while not all(t.done() and t.result() for t in tasks):                          # result() raises ProgramError
+            await asyncio.sleep(0 if tickets else 0.001)                                # let the runs go on
+            for ticket, completion in sampler.advance() if tickets else ():
+                tickets.pop(ticket).set_result(completion)
+        return [t.result() for t in tasks]
+
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(driver.run())
+        return asyncio.run(drive())
     with ThreadPoolExecutor(1) as thread:                   # a notebook's event loop is running already
-        return thread.submit(asyncio.run, driver.run()).result()
+        return thread.submit(asyncio.run, drive()).result()
 
 
 class _OutOfCalls(BaseException):
     """Ends a run at its call limit; no `except Exception` of the program's stops it."""
 
 
-class _Driver:
-    def __init__(self, program, metric, sampler, key, format_failure_score, failure_score):
-        self.program, self.metric, self.sampler, self.key = program, metric, sampler, key
-        self.low, self.high = format_failure_score, failure_score
-        self.names = {m: name for name, m in program.modules().items()}
-        if not self.names:
-            raise ProgramError(f"{type(program).__name__} has no modules: nothing calls the LM")
-        self.runs: list[_Run] = []
-        self.tickets: dict[int, asyncio.Future] = {}        # prompts that the sampler has
-
-    async def run(self) -> list[Trajectory]:
-        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(64))         # of tools: they mostly wait
-        tasks = [asyncio.create_task(run.play()) for run in self.runs]
-        while not all(t.done() and t.result() for t in tasks):                          # result() raises ProgramError
-            await asyncio.sleep(0 if self.tickets else 0.001)                           # let the runs go on
-            for ticket, completion in self.sampler.advance() if self.tickets else ():
-                self.tickets.pop(ticket).set_result(completion)
-        return [t.result() for t in tasks]
-
-
 @dataclass(eq=False)
 class _Run:
     """One run of the program on one example, at most `limit` LM calls long, and its trace so far."""
-    driver: _Driver
-    example: int
-    rollout: int
-    values: dict
+    program: Program
+    names: dict[Module, str]
+    metric: Callable
+    sampler: Any
+    tickets: dict[int, asyncio.Future]      # prompts that the sampler has, of all runs
+    values: dict                            # the example
+    key: tuple                              # seed, step, example, rollout
     limit: int
+    format_failure_score: float
+    failure_score: float
     calls: list[Call] = field(default_factory=list)
 
     async def ask(self, module: Module, inputs: dict) -> Prediction:
         """One LM call, put down in the trace whatever comes of it."""
-        d, at = self.driver, len(self.calls)
-        if module not in d.names:
-            raise TypeError(f"called a module that is none of the program's ({', '.join(d.names.values())})")
-        if at == self.limit:
+        if module not in self.names:
+            raise TypeError(f"called a module that is none of the program's ({', '.join(self.names.values())})")
+        if len(self.calls) == self.limit:
             raise _OutOfCalls
-        name = d.names[module]
+        name, at, future = self.names[module], len(self.calls), asyncio.get_running_loop().create_future()
         call = Call(name, sum(c.module == name for c in self.calls), inputs)
-        future = asyncio.get_running_loop().create_future()
-        key = (*d.key, self.example, self.rollout, name, call.invocation)
-        d.tickets[d.sampler.submit(module.messages(inputs), key)] = future
+        self.tickets[self.sampler.submit(module.messages(inputs), (*self.key, name, call.invocation))] = future
         self.calls.append(call)
         completion = await future
         try:
@@ -485,39 +452,38 @@ class _Run:
     async def play(self) -> Trajectory:
         """Run to the end, however it comes."""
         current_run.set(self)
-        d, prediction = self.driver, None
+        prediction, low, high = None, self.format_failure_score, self.failure_score
         try:
-            parameters = inspect.signature(d.program.forward).parameters
-            prediction = await d.program.forward(**{n: self.values[n] for n, p in parameters.items()
-                                                    if n in self.values or p.default is p.empty})
+            parameters = inspect.signature(self.program.forward).parameters
+            prediction = await self.program.forward(**{n: self.values[n] for n, p in parameters.items()
+                                                       if n in self.values or p.default is p.empty})
             status, reward, error = self.score(prediction)
         except _OutOfCalls:
-            status, reward, error = "max_calls", d.high, f"more than {self.limit} LM calls"
+            status, reward, error = "max_calls", high, f"more than {self.limit} LM calls"
         except LengthError as e:
-            status, reward, error = "length", d.low, str(e)
+            status, reward, error = "length", low, str(e)
         except FormatError as e:
             share = len(e.present) / max(len(e.expected), 1)
-            status, reward, error = "format_error", d.low + (d.high - d.low) * share, str(e)
+            status, reward, error = "format_error", low + (high - low) * share, str(e)
         except ToolError as e:
             status, reward, error = "tool_error", None, str(e)
         except Exception as e:
             last = f"after {self.calls[-1].module}" if self.calls else "before any LM call"
-            raise ProgramError(f"{type(d.program).__name__}.forward failed on example {self.example}, rollout "
-                               f"{self.rollout}, {last}: {type(e).__name__}: {e}") from e
+            raise ProgramError(f"{type(self.program).__name__}.forward failed on example {self.key[2]}, rollout "
+                               f"{self.key[3]}, {last}: {type(e).__name__}: {e}") from e
         while not all(c.completion for c in self.calls):    # calls that the program started and left behind
             await asyncio.sleep(0)
-        return Trajectory(self.example, self.rollout, tuple(self.calls), prediction, reward, status, error)
+        return Trajectory(*self.key[2:], tuple(self.calls), prediction, reward, status, error)
 
     def score(self, prediction) -> tuple[str, float | None, str]:
         try:
-            reward = float(self.driver.metric(self.values, prediction))
+            reward = float(self.metric(self.values, prediction))
         except Exception as e:
             return "tool_error", None, f"the metric raised {type(e).__name__}: {e}"
         return ("completed", reward, "") if math.isfinite(reward) else ("tool_error", None, f"the metric gave {reward}")
 
 
 # ---------------------------------------------------------------------------------------------------------- show
-
 def statuses(trajectories: list[Trajectory]) -> dict[str, int]:
     """How many runs ended in each way."""
     counts = Counter(t.status for t in trajectories)

@@ -1,17 +1,13 @@
-"""What is told of runs and trajectories: the figures of a step, the curve of a run, trajectories from a file.
-
-Nothing in here is needed to train.
-"""
+"""What is told of a run: the figures of a step, and the curve. Nothing in here is needed to train."""
 from __future__ import annotations
 
 import json
-import sys
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
-from program import STATUSES, Call, InputError, Trajectory, statuses
+from program import statuses
 
 
 def measure(trajectories: list, groups: list, advantages: list[list[float]]) -> dict:
@@ -63,33 +59,3 @@ def plot(out: Path) -> None:
     axes.legend()
     figure.savefig(out / "curve.png", dpi=120)
     pyplot.close(figure)
-
-
-def read_trajectories(path: str) -> list[Trajectory]:
-    """The input of `group` (README, "Grouping trajectories made elsewhere"). Raises InputError naming file and field."""
-    def need(good: bool, where: str, what: str):
-        if not good:
-            raise InputError(f"{path}: {where}: expected {what}")
-    try:
-        data = json.loads(sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise InputError(f"{path}: cannot be read as JSON ({e})") from None
-    need(isinstance(data, dict) and isinstance(data.get("trajectories"), list), "trajectories", "an object with this list")
-    result, seen = [], set()
-    for i, t in enumerate(data["trajectories"]):
-        at = f"trajectories[{i}]"
-        need(isinstance(t, dict), at, "an object")
-        need(type(t.get("example")) in (str, int), f"{at}.example", "a string or a whole number")
-        need(type(t.get("rollout")) is int, f"{at}.rollout", "a whole number")
-        need(t.get("status") in STATUSES, f"{at}.status", f"one of {', '.join(STATUSES)}")
-        need(type(t.get("reward")) in (int, float) or t["status"] == "tool_error", f"{at}.reward", "a number")
-        need(isinstance(t.get("calls"), list), f"{at}.calls", "a list")
-        need((t["example"], t["rollout"]) not in seen, at, f"each rollout once, found rollout {t['rollout']} of example "
-                                                           f"{t['example']!r} again")
-        seen.add((t["example"], t["rollout"]))
-        names = [c.get("module") if isinstance(c, dict) else None for c in t["calls"]]
-        for c, name in enumerate(names):
-            need(isinstance(name, str), f"{at}.calls[{c}].module", "a string")
-        calls = tuple(Call(name, names[:c].count(name)) for c, name in enumerate(names))
-        result.append(Trajectory(t["example"], t["rollout"], calls, None, t.get("reward"), t["status"]))
-    return result

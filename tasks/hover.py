@@ -53,9 +53,9 @@ QUERY_INSTRUCTIONS = (
     "Look up what is missing.",
 )
 NOTE_INSTRUCTIONS = (
-    "Note a new fact from the search results.",
-    "Copy the fact that names the next article.",
-    "Write down the result that leads on from the claim.",
+    "Note a result and the name it leads to.",
+    "Note the result that leads on from the claim, and the name it leads to.",
+    "Which result tells of the next article? Note both.",
     "Say something about the results.",
     "Take a note.",
     "Note what the claim is about.",
@@ -166,7 +166,7 @@ class Wiki:
 
     def _write(self, sort: str, title: str, **values):
         words = self.rng.choice(ARTICLES[self.half][sort]).split()
-        if self.half == "pretrain" and self.rng.random() < 0.4:        # a note must be copied, it cannot be composed
+        if self.half == "pretrain" and self.rng.random() < 0.3:        # names are to be found in any sentence
             self.rng.shuffle(words)
         self.articles[title] = " ".join(words).format(**values)
 

@@ -47,12 +47,15 @@ def write_query(rng, claim, good, inputs, seen) -> dict:
 
 
 def write_note(rng, claim, good, inputs, seen) -> dict:
-    """The passage that leads on, or another one, or nothing of use."""
+    """The passage that leads on and the name it leads to, or another one, or nothing of use."""
     passages = dict(p.split(" | ", 1) for p in inputs["search_results"])
     useful = [t for t in claim["titles"] if t in passages] or list(passages)
     title = useful[0] if good else rng.choice(list(passages))
-    note = passages[title] if good or rng.random() < 0.5 else rng.choice(
-        (f"{title} is here.", "There is nothing new.", " ".join(passages[title].split()[:4])))
+    others = [n for n in dict.fromkeys(NAME.findall(passages[title])) if n != title] or [title]
+    link = next((n for n in others if n in claim["titles"]), others[0])
+    note = f"{title}: {link}" if good or rng.random() < 0.3 else rng.choice(
+        (f"{title}: {rng.choice(others)}", f"{title}: {rng.choice(NAME.findall(claim['claim']))}", f"{title} is here.",
+         "There is nothing new."))
     return {"reasoning": rng.choice(("The result about {} helps.", "{} is in the claim.", "I note {}.")).format(title),
             "new_key_fact": note}
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import keyed, rewards, trajectory, trajectory_sets
 
+import cli
 import mmgrpo as G
 from program import STATUSES
 
@@ -256,7 +257,7 @@ def test_a_reward_of_exactly_zero_is_a_reward():
 def group(monkeypatch, capsys):
     def run(data, *flags):
         monkeypatch.setattr(sys, "stdin", io.StringIO(data if isinstance(data, str) else json.dumps(data)))
-        code = G.main(["group", "-", *flags])
+        code = cli.main(["group", "-", *flags])
         return code, *capsys.readouterr()
     return run
 

@@ -13,6 +13,7 @@ from conftest import ROOT, make_model
 from hypothesis import given
 from hypothesis import strategies as st
 
+import cli
 import mmgrpo as G
 import model as M
 from program import Module, Prediction, Program, ProgramError, Task, tool
@@ -188,7 +189,7 @@ def run(tmp_path, tokenizer, capsys):
     M.save_pretrained(make_model(vocab_size=tokenizer.size), tokenizer, tmp_path / "model")
     def run(command, *flags, metric="lambda e, p: 1.0", train="examples[:3]"):
         (tmp_path / "echo.py").write_text(textwrap.dedent(SOURCE).format(metric=metric, train=train))
-        code = G.main([command, "--task", str(tmp_path / "echo.py"), "--model", str(tmp_path / "model"), "--examples", "2",
+        code = cli.main([command, "--task", str(tmp_path / "echo.py"), "--model", str(tmp_path / "model"), "--examples", "2",
                        "--rollouts", "2", *(["--out", str(tmp_path / "run")] if command == "train" else []), *flags])
         return code, *capsys.readouterr(), tmp_path / "run"
     return run
@@ -256,19 +257,19 @@ def test_a_bug_in_a_program_is_told_with_its_traceback(run, tmp_path):
     _, _, _, folder = run("eval")
     (tmp_path / "echo.py").write_text(textwrap.dedent(SOURCE).format(metric="None", train="examples[:3]").replace(
         "return await self.say(text=text)", "return undefined_name"))
-    assert G.main(["eval", "--task", str(tmp_path / "echo.py"), "--model", str(tmp_path / "model")]) == 2
+    assert cli.main(["eval", "--task", str(tmp_path / "echo.py"), "--model", str(tmp_path / "model")]) == 2
 
 
 @pytest.mark.parametrize("argv", [[], ["fly"], ["train", "file"], ["group"], ["train", "--nonsense", "1"], ["train", "--lr", "fast"]])
 def test_a_wrong_command_line_is_refused(argv, capsys):
     with pytest.raises(SystemExit) as e:
-        G.main(argv)
+        cli.main(argv)
     assert e.value.code == 2 and "usage: mmgrpo.py" in capsys.readouterr().err
 
 
 def test_every_option_has_a_sentence_in_the_help(capsys):
     with pytest.raises(SystemExit):
-        G.main(["--help"])
+        cli.main(["--help"])
     out = capsys.readouterr().out
     assert all(f"--{f.name.replace('_', '-')}" in out for f in dataclasses.fields(G.Config))
 
@@ -281,7 +282,7 @@ def test_the_paper_settings_are_options():
 
 def test_the_shipped_lm_learns_in_a_few_steps(tiny, tokenizer):
     """Three steps of banking77 with the tiny LM raise the reward on the examples trained on."""
-    task, config = G.load_task(G.Config(task="banking77")), G.Config(max_tokens=48, max_calls=1, examples=8, rollouts=8, warmup=0, lr=1e-3)
+    task, config = cli.load_task(G.Config(task="banking77")), G.Config(max_tokens=48, max_calls=1, examples=8, rollouts=8, warmup=0, lr=1e-3)
     model, _ = M.load_pretrained(ROOT / "tasks" / "tiny")
     task.train = task.train[:8]
     masters = [p.detach().float().requires_grad_() for p in model.parameters()]
