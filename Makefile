@@ -3,14 +3,14 @@ TASK ?= hover
 PY := .venv/bin/python
 option = $(if $($(1)),--$(2) $($(1)))
 
-.PHONY: train eval show pretrain test clean
+.PHONY: train eval show pretrain test mutants conformance clean
 
 # Train the task's program with mmGRPO; everything the run leaves is in runs/TASK.
 train: .venv/ready
 	$(PY) mmgrpo.py train --task $(TASK) $(call option,STEPS,steps) $(call option,MODEL,model) $(call option,DATA,data) \
 	  $(call option,OUT,out) $(ARGS)
 
-# Score a checkpoint (MODEL=runs/hover/last) on a split (ARGS="--split test").
+# Score a checkpoint (MODEL=runs/hover/last) on a split (ARGS="--split test"); show one run on one example as a trace.
 eval show: .venv/ready
 	$(PY) mmgrpo.py $@ --task $(TASK) $(call option,MODEL,model) $(call option,DATA,data) $(ARGS)
 
@@ -20,6 +20,14 @@ pretrain: .venv/ready
 
 test: .venv/ready
 	$(PY) -m pytest $(ARGS)
+
+# Break the line that guards each law, one at a time; every one must turn a test red (about 10 minutes).
+mutants: .venv/ready
+	$(PY) tests/mutants.py $(ARGS)
+
+# Compare an implementation that reads the `group` format (IMPL="command") with the conformance vectors; default: this one.
+conformance: .venv/ready
+	$(PY) tests/test_conformance.py $(if $(IMPL),"$(IMPL)")
 
 # The virtual environment, made anew when the dependencies change.
 .venv/ready: pyproject.toml

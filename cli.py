@@ -5,18 +5,20 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import math
 import re
 import sys
 import time
 import traceback
+from collections import Counter
 from pathlib import Path
 
 import torch
 
 import mmgrpo
-from mmgrpo import Config, advantages, evaluate, group_calls, play
+from mmgrpo import Config, advantages, evaluate, group_calls, play, policy_loss, weigh
 from model import CheckpointError, Tokenizer, Transformer, load_pretrained
-from program import STATUSES, Call, InputError, ProgramError, Task, Trajectory, show
+from program import STATUSES, Call, Completion, InputError, ProgramError, Task, Trajectory, show
 
 
 def load_task(config: Config) -> Task:
@@ -90,8 +92,9 @@ def run_show(config: Config) -> str:
     return show(play(model, tokenizer, task, [examples[config.index]], config, config.temperature, step=-1)[0][0])
 
 
-def read_trajectories(path: str) -> list[Trajectory]:
-    """The input of `group` (README, "Grouping trajectories made elsewhere"). Raises InputError naming file and field."""
+def read_trajectories(path: str) -> tuple[list[Trajectory], dict[int, dict]]:
+    """The input of `group` (README, "Grouping trajectories made elsewhere") -> trajectories, and each completion's log-probs
+    by id(completion). Raises InputError naming file and field."""
     def need(good: bool, where: str, what: str):
         if not good:
             raise InputError(f"{path}: {where}: expected {what}")
@@ -100,7 +103,8 @@ def read_trajectories(path: str) -> list[Trajectory]:
     except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"{path}: cannot be read as JSON ({e})") from None
     need(isinstance(data, dict) and isinstance(data.get("trajectories"), list), "trajectories", "an object with this list")
-    result, seen = [], set()
+    number = lambda x: type(x) in (int, float) and math.isfinite(x)
+    result, logprobs, seen = [], {}, set()
     for i, t in enumerate(data["trajectories"]):
         at = f"trajectories[{i}]"
         need(isinstance(t, dict), at, "an object")
@@ -112,26 +116,51 @@ def read_trajectories(path: str) -> list[Trajectory]:
         need((t["example"], t["rollout"]) not in seen, at, f"each rollout once, found rollout {t['rollout']} of example "
                                                            f"{t['example']!r} again")
         seen.add((t["example"], t["rollout"]))
-        names = [c.get("module") if isinstance(c, dict) else None for c in t["calls"]]
-        for c, name in enumerate(names):
-            need(isinstance(name, str), f"{at}.calls[{c}].module", "a string")
-        calls = tuple(Call(name, names[:c].count(name)) for c, name in enumerate(names))
-        result.append(Trajectory(t["example"], t["rollout"], calls, None, t.get("reward"), t["status"]))
-    return result
+        calls, made = [], Counter()
+        for c, call in enumerate(t["calls"]):
+            here = f"{at}.calls[{c}]"
+            need(isinstance(call, dict) and isinstance(call.get("module"), str), f"{here}.module", "a string")
+            given = [k for k in LOGPROBS if k in call]
+            for k in given:
+                need(given == LOGPROBS and isinstance(call[k], list) and len(call[k]) == len(call["logprobs"])
+                     and all(map(number, call[k])), f"{here}.{k}", f"{', '.join(LOGPROBS)}: a number for each sampled token")
+            old = call["old_logprobs"] if given else [0.0]
+            completion = Completion([], [0] * len(old), old, "stop")
+            calls.append(Call(call["module"], made[call["module"]], {}, completion))
+            made[call["module"]] += 1
+            if given:
+                logprobs[id(completion)] = call
+        result.append(Trajectory(t["example"], t["rollout"], tuple(calls), None, t.get("reward"), t["status"]))
+    return result, logprobs
+
+
+LOGPROBS = ["logprobs", "old_logprobs", "ref_logprobs"]
 
 
 def run_group(path: str, config: Config) -> str:
-    """Groups and advantages of trajectories made elsewhere, as JSON."""
-    trajectories = read_trajectories(path)
+    """Groups and advantages of trajectories made elsewhere, as JSON; with log-probs also token weights and the loss."""
+    trajectories, logprobs = read_trajectories(path)
     groups = group_calls(trajectories, config.short_groups, config.group_size, config.level, config.seed)
     values = advantages(groups, trajectories, config.baseline, config.leave_one_out, config.scale_rewards)
-    place = lambda m: {"call": m.calls[0]} if config.level == "call" else {"calls": list(m.calls)}
-    members = lambda g, v: [{"rollout": trajectories[m.trajectory].rollout, **place(m), "advantage": a}
-                            for m, a in zip(g.members, v)]
-    return json.dumps({
-        "groups": [{"example": g.example, "module": g.module, "invocation": g.invocation, "members": members(g, v)}
-                   for g, v in zip(groups, values)],
-        "excluded": [{"example": t.example, "rollout": t.rollout, "reason": "tool_error"} for t in trajectories if not t.votes]})
+    rows = weigh(groups, values, trajectories, config.normalize, config.max_tokens)
+    scored, at = all(id(c.completion) in logprobs for t in trajectories for c in t.calls), 0
+    result = {"groups": [], "excluded": [{"example": t.example, "rollout": t.rollout, "reason": "tool_error"}
+                                         for t in trajectories if not t.votes]}
+    for g, of_group in zip(groups, values):
+        members = []
+        for m, a in zip(g.members, of_group):
+            place = {"call": m.calls[0]} if config.level == "call" else {"calls": list(m.calls)}
+            members.append({"rollout": trajectories[m.trajectory].rollout, **place, "advantage": a})
+            if scored:
+                members[-1]["weight"] = rows[at].weight
+            at += len(m.calls)
+        result["groups"].append({"example": g.example, "module": g.module, "invocation": g.invocation, "members": members})
+    if scored:
+        tokens = torch.tensor([(*of_token, r.advantage, r.weight) for r in rows
+                               for of_token in zip(*(logprobs[id(r.completion)][k] for k in LOGPROBS))], dtype=torch.double)
+        new, old, ref, advantage, weight = tokens.reshape(-1, 5).unbind(1)
+        result["loss"] = policy_loss(new, old, advantage, weight, config.clip_low, config.clip_high, config.beta, ref).item()
+    return json.dumps(result)
 
 
 def parse_arguments(argv: list[str]) -> tuple[str, str, Config]:

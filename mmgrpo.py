@@ -568,7 +568,7 @@ def train(task: Task, model: Transformer, tokenizer: Tokenizer, config: Config, 
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
             check(step + 1)
     log.close()
-    plot(out)
+    plot([out], out / "curve.png", out.name)
     return scores[0], scores[-1]
 
 

@@ -1,0 +1,123 @@
+"""Does each law bite? `make mutants` breaks the line that guards a law, one at a time, and looks for the red test.
+
+Every entry: the law, the file, what stands there, what is put in its place, and the tests that must not pass any more.
+Works on copies; the tree stays as it is.
+"""
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MUTANTS = [
+    # what is trained
+    ("only sampled tokens are trained", "mmgrpo.py", 'len(r.completion.prompt_ids) - 1 + t, i) for b', 'len(r.completion.prompt_ids) - 2 + t, i) for b', "loss"),
+    ("the sampled end token is trained", "mmgrpo.py", "for t, i in enumerate(r.completion.token_ids)])", "for t, i in enumerate(r.completion.token_ids) if i != 2])", "loss"),
+    ("log-probs are those of the sampling temperature", "mmgrpo.py", "batch_logprobs(model, batch, config.temperature, vocabulary)\n            with", "batch_logprobs(model, batch, 1.0, vocabulary)\n            with", "loss train"),
+    ("the sampler divides by the temperature", "mmgrpo.py", "F.log_softmax(logits.float() / temperature, dim=-1)", "F.log_softmax(logits.float(), dim=-1)", "sampler"),
+    ("completions without tokens train without error", "mmgrpo.py", "for r in rows if r.completion.token_ids)", "for r in rows)", "loss"),
+    ("masked rows and padding change nothing", "mmgrpo.py", "hidden[row, column], model.head", "hidden[row, column - (width > 12)], model.head", "loss"),
+    ("rows of zero advantage count in the denominators", "mmgrpo.py", "1 / (len(groups) * len(g.members) * max(tokens(m), 1))", "1 / (sum(map(any, advantages)) * len(g.members) * max(tokens(m), 1) or 1)", "loss"),
+    ("the weights belong to the step (token)", "mmgrpo.py", '"token": 1 / max(total, 1)', '"token": 1 / max(tokens(m), 1)', "loss"),
+    ("the weights belong to the step (constant)", "mmgrpo.py", '"constant": 1 / (runs * constant)', '"constant": 1 / (len(trajectories) * constant)', "loss"),
+    ("the gradient does not depend on the micro-batches", "mmgrpo.py", "                g += more", "                g.copy_(more)", "loss"),
+    ("the clipped branch has no gradient", "mmgrpo.py", "torch.minimum(ratio * advantages, ", "torch.maximum(ratio * advantages, ", "loss"),
+    ("clip bounds are separate", "mmgrpo.py", "ratio.clamp(1 - clip_low, 1 + clip_high)", "ratio.clamp(1 - clip_high, 1 + clip_low)", "loss"),
+    ("the KL is k3", "mmgrpo.py", "beta * (log_r.exp() - log_r - 1)", "beta * log_r.square() / 2", "loss"),
+    ("the head's gradient is summed in fp32", "mmgrpo.py", "torch.zeros(weight.shape, dtype=torch.float, device=weight.device)", "torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)", "loss"),
+    ("nothing of tokens x vocabulary is held", "mmgrpo.py", "rows = max(1, 2**22 // weight.shape[0])", "rows = 2**40", "loss"),
+    ("the step is made on fp32 masters", "mmgrpo.py", 'parameters["params"])\n    for module', 'list(model.parameters()))\n    for module', "train"),
+    ("inner epochs compare with the log-probs sampled", "mmgrpo.py", "ratio = torch.exp(logprobs - old_logprobs)", "ratio = torch.exp(logprobs - logprobs.detach())", "loss train"),
+    ("the reference stays where it was", "mmgrpo.py", "with torch.no_grad():\n                ref = reference and batch_logprobs(reference,", "with torch.no_grad():\n                ref = reference and batch_logprobs(model,", "loss train"),
+    # the sampler
+    ("any end token ends a completion", "mmgrpo.py", "self.ends[list(tokenizer.end_ids)] = True", "self.ends[min(tokenizer.end_ids)] = True", "sampler"),
+    ("the sampled end token is kept", "mmgrpo.py", "self.tokens[i, :count].tolist(), self.logprobs[i, :count].tolist()", "self.tokens[i, :count - stop].tolist(), self.logprobs[i, :count - stop].tolist()", "sampler"),
+    ("a token of probability 0 is never drawn", "mmgrpo.py", "uniform.double()[:, None] * cdf[:, -1:], right=True)", "uniform.double()[:, None] * cdf[:, -1:], right=False)", "sampler"),
+    ("tokens follow the softmax", "mmgrpo.py", "cdf = logp.double().exp().cumsum(-1)", "cdf = (logp.double() * 0.9).exp().cumsum(-1)", "sampler"),
+    ("ids that the tokenizer lacks are impossible", "mmgrpo.py", "self.model.head[:self.tokenizer.size])", "self.model.head)", "sampler"),
+    ("batch-mates do not matter", "mmgrpo.py", "self.uniforms[slots, at], self.temperature", "self.uniforms[slots.flip(0), at], self.temperature", "sampler"),
+    ("one seed gives no two requests the same numbers", "mmgrpo.py", "hashlib.blake2b(repr(key).encode()", "hashlib.blake2b(repr(key[:3]).encode()", "sampler"),
+    ("slots that move take their state along", "mmgrpo.py", "                self.cache.move(len(self.live), i)\n", "", "sampler"),
+    ("one prefill serves all requests of a prompt", "mmgrpo.py", "for s in same[p]]", "for s in same[p][:1]]", "sampler"),
+    ("a finished slot is refilled at once", "mmgrpo.py", "if self.waiting and len(self.live) < self.slots:", "if self.waiting and not self.live:", "sampler"),
+    ("top-p and top-k stay out of training", "mmgrpo.py", '("top_k", config.top_k), ("top_p", config.top_p < 1), ', "", "train"),
+    ("a prompt that leaves no room is a typed end", "mmgrpo.py", 'Completion(prompt, [], [], "length")', 'Completion(prompt, [], [], "stop")', "sampler"),
+    # groups and advantages
+    ("groups are keyed by invocation", "mmgrpo.py", "places[module, k][i] = (c,)", "places[module, 0][i] = (c,)", "grouping"),
+    ("groups are keyed by module", "mmgrpo.py", "made[i][call.module].append(c)", 'made[i]["m"].append(c)', "grouping"),
+    ("draws of one example are grouped apart", "mmgrpo.py", "            runs[t.example].append(i)", '            runs[""].append(i)', "grouping"),
+    ("runs that do not vote are excluded", "mmgrpo.py", "    for i, t in enumerate(trajectories):\n        if t.votes:", "    for i, t in enumerate(trajectories):\n        if t.calls:", "grouping"),
+    ("truncate asks for every voting run", "mmgrpo.py", "len(p) == len(indices)}", "len(p) > 1}", "grouping"),
+    ("fill draws among a run's own calls", "mmgrpo.py", "draw.choice(own) for", "draw.choice(range(len(t.calls))) for", "grouping"),
+    ("fill does not depend on the order of runs", "mmgrpo.py", "repr((seed, t.example, t.rollout, module))", "repr((seed, t.example, i, module))", "grouping"),
+    ("k-diverse selection keeps the extremes", "mmgrpo.py", "ranked[round(j * (len(members) - 1) / max(k - 1, 1))]", "ranked[j]", "grouping"),
+    ("equal rewards give exactly 0", "mmgrpo.py", "if (pool != pool[0]).any():", "if len(pool) > 1:", "grouping"),
+    ("the standard deviation is the sample's", "mmgrpo.py", "pool.std(ddof=1) + 1e-4", "pool.std() + 1e-4", "grouping"),
+    ("leave-one-out leaves one out", "mmgrpo.py", "a *= len(pool) / (len(pool) - 1)", "a *= 1", "grouping"),
+    ("the example's baseline is over its voting runs", "mmgrpo.py", "    for t in trajectories:\n        if t.votes:\n            runs[t.example].append(t.reward)", "    for t in trajectories:\n        if t.calls:\n            runs[t.example].append(t.reward or 0.0)", "grouping"),
+    ("a reward of NaN touches no other run", "program.py", "and self.reward is not None and math.isfinite(self.reward)", "and self.reward is not None", "grouping"),
+    ("made = trained + zero-advantage + excluded", "report.py", '"excluded": len(calls) - len(grouped)', '"excluded": len(calls) - trained', "train"),
+    ("every example once an epoch", "mmgrpo.py", 'random.Random(repr(("order", seed, epoch)))', 'random.Random(repr(("order", seed, step)))', "train"),
+    # programs
+    ("modules are told apart by their path", "program.py", "{m: name for name, m in program.modules().items()}", "{m: m.signature.outputs[0].name for name, m in program.modules().items()}", "program"),
+    ("demos are in the prompt that is sampled and trained", "program.py", "render(self.signature, inputs, self.instruction, self.demos)", "render(self.signature, inputs, self.instruction)", "program defects"),
+    ("a reward of exactly 0 survives", "program.py", 'status, reward, error = "format_error", low + (high - low) * share, str(e)', 'status, reward, error = "format_error", (low + (high - low) * share) or low, str(e)', "defects program"),
+    ("partly readable completions cost less", "program.py", "raise FormatError(\"; \".join(wrong), tuple(values), names)", "raise FormatError(\"; \".join(wrong), (), names)", "program defects"),
+    ("a failing call is recorded with its completion", "program.py", "self.calls[at] = replace(call, completion=completion, error=str(e))", "self.calls.pop(at)", "program defects"),
+    ("a completion cut short is a length failure", "program.py", 'LengthError if completion.finish_reason == "length" else FormatError', "FormatError", "program"),
+    ("a failed tool excludes the run", "program.py", 'status, reward, error = "tool_error", None, str(e)', 'status, reward, error = "tool_error", 0.0, str(e)', "program grouping"),
+    ("the call limit cannot be caught", "program.py", "class _OutOfCalls(BaseException)", "class _OutOfCalls(Exception)", "program"),
+    ("calls left behind are recorded", "program.py", "while not all(c.completion for c in self.calls):", "while False:", "program"),
+    ("bugs of the program are no outcome", "program.py", "        except ToolError as e:\n            status,", "        except Exception as e:\n            status,", "program"),
+    ("prompts are those of DSPy's XML adapter", "program.py", '"Your input fields are:', '"Your inputs are:', "program"),
+    ("values that spell tags are escaped", "program.py", 'str(s).replace("&", "&amp;").replace("<", "&lt;")', "str(s)", "program"),
+    # the model
+    ("text of users never becomes a control token", "model.py", 'self.plain.encode(text, add_special_tokens=False)', 'self.tokenizer.encode(text, add_special_tokens=False)', "model"),
+    ("contents cannot forge the template's tokens", "model.py", 'm | {"content": disarm(m["content"])}', "m", "model"),
+    ("exactly one BOS", "model.py", "self.plain.encode(text, add_special_tokens=False)", "self.plain.encode(text)", "model"),
+    ("templates are sandboxed", "model.py", "jinja2.sandbox.ImmutableSandboxedEnvironment(", "jinja2.Environment(", "model"),
+    ("the past does not see the future", "model.py", "is_causal=mask is None", "is_causal=False", "model"),
+    ("decoding with the cache equals the whole sequence", "model.py", "end.device) <= end[:, None])", "end.device) < end[:, None])", "model"),
+    ("slots keep their own lengths", "model.py", "k[:, :, 0], v[:, :, 0]\n            return attention(layer, q, *self.kv", "k[:, :, 0].flip(0), v[:, :, 0].flip(0)\n            return attention(layer, q, *self.kv", "model"),
+    ("llama3 scaling of RoPE", "model.py", "(1 - keep) * inverse / factor + keep * inverse", "inverse / factor", "model"),
+    ("RoPE is computed in fp32", "model.py", "positions[..., None].float() * inverse", "positions[..., None].to(self.head.dtype) * inverse", "model"),
+    ("new configurations of RoPE are read", "model.py", 'get("rope_theta", float, get("rope_theta", float, 1e4), source=rope)', 'get("rope_theta", float, 1e4)', "model"),
+    ("Qwen2 has biases", "model.py", "qkv_bias=bias or qwen2", "qkv_bias=bias", "model"),
+    ("Qwen3 has q/k norms", "model.py", "qk_norm=qwen3", "qk_norm=False", "model"),
+    ("tensors must all be known", "model.py", "sorted(wanted.keys() ^ found.keys())", "sorted(wanted.keys() - found.keys())", "model"),
+    ("tensors must have their shape", "model.py", "found[name].shape != p.shape or ", "", "model"),
+    ("every file's end tokens count", "model.py", "for c in others]", "for c in others[:1]]", "model"),
+    ("a tied head that differs is refused", "model.py", "if not torch.equal(found.pop(\"lm_head.weight\")", "if not torch.is_tensor(found.pop(\"lm_head.weight\")", "model"),
+    # tasks
+    ("no name of the tasks is in the pretraining text", "tasks/pretrain.py", 'names = Names(rng, "pretrain")', 'names = Names(rng, "task")', "tasks"),
+    ("no sentence of the tasks is in the pretraining text", "tasks/pretrain.py", 'example = banking77.query(rng, "pretrain")', 'example = banking77.query(rng, "task")', "tasks"),
+    ("a run is never written over", "cli.py", 'raise InputError(f"--out {out}: holds a run already")', "pass", "train"),
+]
+
+
+def survives(mutant) -> str:
+    """"" where a test turns red, else what is wrong."""
+    law, file, before, after, tests = mutant
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__", "*.egg-info", "results"))
+        text = (copy / file).read_text(encoding="utf-8")
+        if text.count(before) != 1:
+            return f"{text.count(before)} places like {before!r} in {file}"
+        (copy / file).write_text(text.replace(before, after), encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *(f"tests/test_{t}.py" for t in tests.split())]
+        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=900)
+        return "" if done.returncode == 1 else f"survives (pytest ended with {done.returncode})"
+
+
+if __name__ == "__main__":
+    chosen = [m for m in MUTANTS if not sys.argv[1:] or any(a in m[0] for a in sys.argv[1:])]
+    failed = 0
+    with ThreadPoolExecutor(2) as pool:
+        for mutant, wrong in zip(chosen, pool.map(survives, chosen)):
+            failed += bool(wrong)
+            print(f"{'SURVIVES' if wrong else 'red     '}  {mutant[0]}" + (f": {wrong}" if wrong else ""), flush=True)
+    print(f"{len(chosen) - failed} passed, {failed} failed")
+    sys.exit(bool(failed))
