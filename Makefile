@@ -3,12 +3,12 @@ TASK ?= hover
 PY := .venv/bin/python
 option = $(if $($(1)),--$(2) $($(1)))
 
-.PHONY: train eval show pretrain test mutants conformance clean
+.PHONY: train eval show pretrain test mutants conformance oracle resume-check clean
 
 # Train the task's program with mmGRPO; everything the run leaves is in runs/TASK.
 train: .venv/ready
 	$(PY) mmgrpo.py train --task $(TASK) $(call option,STEPS,steps) $(call option,MODEL,model) $(call option,DATA,data) \
-	  $(call option,OUT,out) $(ARGS)
+	  $(call option,OUT,out) $(if $(RESUME),--resume) $(ARGS)
 
 # Score a checkpoint (MODEL=runs/hover/last) on a split (ARGS="--split test"); show one run on one example as a trace.
 eval show: .venv/ready
@@ -28,6 +28,14 @@ mutants: .venv/ready
 # Compare an implementation that reads the `group` format (IMPL="command") with the conformance vectors; default: this one.
 conformance: .venv/ready
 	$(PY) tests/test_conformance.py $(if $(IMPL),"$(IMPL)")
+
+# The exact gradient of a program small enough to write down, and the bias of every estimator (R runs; 3 takes a minute).
+oracle: .venv/ready
+	$(PY) tests/oracle.py $(R)
+
+# Kill a run 50 times at random moments; it must end with the weights of one left in peace, bit for bit.
+resume-check: .venv/ready
+	$(PY) tests/resume_check.py $(KILLS)
 
 # The virtual environment, made anew when the dependencies change.
 .venv/ready: pyproject.toml

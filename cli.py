@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import re
+import signal
 import sys
 import time
 import traceback
@@ -16,9 +17,11 @@ from pathlib import Path
 import torch
 
 import mmgrpo
+from checkpoint import read_state, states
 from mmgrpo import Config, advantages, evaluate, group_calls, play, policy_loss, weigh
 from model import CheckpointError, Tokenizer, Transformer, load_pretrained
-from program import STATUSES, Call, Completion, InputError, ProgramError, Task, Trajectory, show
+from program import STATUSES, Call, Completion, InputError, ProgramError, Task, Trajectory
+from report import ParityError, measure, read_metrics, show
 
 
 def load_task(config: Config) -> Task:
@@ -47,29 +50,68 @@ def split_of(task: Task, split: str, config: Config) -> list[dict]:
     return getattr(task, split)
 
 
-def new_folder(config: Config) -> Path:
-    """A folder for the run, never one that holds a run already: runs/hover, runs/hover-2, …"""
-    out = Path(config.out or f"runs/{Path(config.task).stem}")
-    if config.out and (out / "metrics.jsonl").exists():
-        raise InputError(f"--out {out}: holds a run already")
-    for i in range(2, 10**6):
-        if not (out / "metrics.jsonl").exists():
-            out.mkdir(parents=True, exist_ok=True)
-            return out
-        out = out.with_name(f"{Path(config.task).stem}-{i}")
+def folder_of(config: Config) -> Path:
+    """Where the run goes: --out; else a new one of runs/hover, runs/hover-2, …, or with --resume the last of these."""
+    last_step = lambda out: int(states(out)[-1].name.split("-")[1]) if states(out) else -1
+    numbered = [Path("runs") / (Path(config.task).stem + f"-{i}" * (i > 1)) for i in range(1, 1000)]
+    used = [p for p in numbered if (p / "metrics.jsonl").exists()]
+    if config.resume and not config.out and not used:
+        raise InputError(f"--resume: there is no run of {config.task} in runs/")
+    out = Path(config.out) if config.out else used[-1] if config.resume else next(p for p in numbered if p not in used)
+    if last_step(out) >= config.steps:
+        raise InputError(f"{out}: holds a run already, finished at step {last_step(out)}; more --steps go on with it, another "
+                         "--out begins anew")
+    return out
 
 
 def run_train(config: Config) -> str:
-    """Train; the last line has the dev score before and after, and the seconds of the training part."""
+    """Train; the last line has the dev score before and after, and the seconds of the training part.
+
+    Ctrl-C stops it after the step at hand, with its state saved; a second one at once."""
     task, (model, tokenizer) = load_task(config), load_model(config)
     for split in ("train", "dev"):
         split_of(task, split, config)
-    out = new_folder(config)
+    out, interrupts = folder_of(config), []
+    out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    began = time.perf_counter()
-    before, after = mmgrpo.train(task, model, tokenizer, config, out)
-    return (f"metrics, checkpoints and the curve are in {out}\n{config.task} dev score: {before:.3f} -> {after:.3f} "
+
+    def on_interrupt(*_):
+        if interrupts:
+            raise KeyboardInterrupt
+        interrupts.append(print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr))
+    before, began = signal.signal(signal.SIGINT, on_interrupt), time.perf_counter()
+    try:
+        scores = mmgrpo.train(task, model, tokenizer, config, out, stop=lambda: bool(interrupts))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupts:
+        return f"stopped; the same command with OUT={out} goes on"
+    return (f"metrics, checkpoints and the curve are in {out}\n{config.task} dev score: {scores[0]:.3f} -> {scores[-1]:.3f} "
             f"({config.steps} steps, {time.perf_counter() - began:.0f} s)")
+
+
+def run_replay(folder: str, step: str, config: Config) -> str:
+    """Sample the rollouts of a step of a run once more, from the newest state before it or from the start; say whether they
+    are token for token those of the run, and show those of example --index of the step."""
+    step = int(step)
+    try:
+        done = Config(**json.loads((Path(folder) / "config.json").read_text()))
+        digests = {m["step"]: m["digest"] for m in read_metrics(Path(folder))[0]}
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        raise InputError(f"{folder}: holds no run ({type(e).__name__}: {e})") from None
+    if step not in digests or not 0 <= config.index < done.examples:
+        raise InputError(f"{folder}: has steps 1 to {max(digests, default=0)} of {done.examples} examples each")
+    task, (model, tokenizer) = load_task(done), load_model(done)
+    optimizer, reference = mmgrpo.prepare(model, done)
+    earlier = [s for s in states(Path(folder)) if int(s.name.split("-")[1]) < step]
+    start = read_state(earlier[-1], model, optimizer)["step"] if earlier else 0
+    for i in range(start, step - 1):
+        mmgrpo.train_step(model, tokenizer, optimizer, reference, task, done, i)
+    trajectories, _ = mmgrpo.sample_step(model, tokenizer, task, done, step - 1)
+    same = measure(trajectories, [], [])["digest"] == digests[step]
+    shown = [show(t) for t in trajectories if t.example == config.index]
+    return "\n\n".join([*shown, f"step {step}: {len(trajectories)} runs, {sum(len(t.calls) for t in trajectories)} calls: "
+                                 f"{'token for token' if same else 'NOT'} those of the run"])
 
 
 def run_eval(config: Config) -> str:
@@ -163,11 +205,12 @@ def run_group(path: str, config: Config) -> str:
     return json.dumps(result)
 
 
-def parse_arguments(argv: list[str]) -> tuple[str, str, Config]:
-    """argv -> (command, FILE of `group`, Config). A flag overrides the task's own default, which overrides Config's."""
+def parse_arguments(argv: list[str]) -> tuple[str, list[str], Config]:
+    """argv -> (command, its files, Config). A flag overrides the task's own default, which overrides Config's."""
     parser = argparse.ArgumentParser(prog="mmgrpo.py", description=mmgrpo.__doc__.split("\n\n")[1])
-    parser.add_argument("command", choices=("train", "eval", "show", "group"))
-    parser.add_argument("file", nargs="?", help="of group: a JSON file of trajectories, or - for standard input")
+    parser.add_argument("command", choices=("train", "eval", "show", "group", "replay"))
+    parser.add_argument("files", nargs="*", help="of group: a JSON file of trajectories, or - for standard input; of replay: the "
+                                                 "folder of a run and one of its steps")
     source = Path(mmgrpo.__file__).read_text(encoding="utf-8").split("class Config:")[1]
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", source, re.M))     # each field's comment is its help
     for f in dataclasses.fields(Config):
@@ -176,20 +219,21 @@ def parse_arguments(argv: list[str]) -> tuple[str, str, Config]:
         parser.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, **kind,
                             help=f"{comments[f.name].replace('%', '%%')} [{f.default}]")
     given = vars(parser.parse_args(argv))
-    command, file = given.pop("command"), given.pop("file")
-    if (command == "group") != (file is not None):
-        parser.error("group takes one FILE" if command == "group" else f"{command} takes no FILE")
+    command, files = given.pop("command"), given.pop("files")
+    takes = {"group": "FILE", "replay": "RUN STEP"}.get(command, "")
+    if len(files) != len(takes.split()) or command == "replay" and not files[1].isdecimal():
+        parser.error(f"{command} takes {takes or 'options only'}")
     config = Config(**given)
-    return command, file, config if command == "group" else Config(**(load_task(config).defaults | given))
+    return command, files, config if takes else Config(**(load_task(config).defaults | given))
 
 
 def main(argv: list[str]) -> int:
     try:
-        command, file, config = parse_arguments(argv)
-        print(run_group(file, config) if command == "group" else
-              {"train": run_train, "eval": run_eval, "show": run_show}[command](config))
+        command, files, config = parse_arguments(argv)
+        run = {"train": run_train, "eval": run_eval, "show": run_show, "group": run_group, "replay": run_replay}[command]
+        print(run(*files, config))
         return 0
-    except (InputError, CheckpointError, ProgramError) as e:
+    except (InputError, CheckpointError, ProgramError, ParityError, OSError) as e:
         if e.__cause__ is not None:                                 # a bug in the user's program: with its traceback
             traceback.print_exception(e.__cause__)
         print(f"error: {e}", file=sys.stderr)

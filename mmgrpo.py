@@ -9,11 +9,10 @@ follow the clipped policy gradient of the sampled tokens.
     python mmgrpo.py show --task hover             # one run on one example, as a readable trace
     python mmgrpo.py group trajectories.json       # the groups and advantages of trajectories made elsewhere
 
-Map, in the order the data flows: Config; Sampler; group_calls, advantages; token_logprobs, policy_loss; pack,
-step_gradient; evaluate, train. Programs and trajectories are in program.py, the transformer in model.py, the command
-line in cli.py. Left out on purpose: other policy-gradient methods, reward models, more than one machine.
-Letters: N loss-bearing tokens, S slots; the others as in model.py.
-"""
+Map, in the order the data flows: Config; Sampler; group_calls, advantages; token_logprobs, policy_loss; pack, step_gradient;
+evaluate, train. Programs and trajectories are in program.py, the transformer in model.py, the command line in cli.py. Left
+out on purpose: other policy-gradient methods, reward models, more than one machine.
+Letters: N loss-bearing tokens, S slots, T nodes of a tree; the others as in model.py."""
 from __future__ import annotations
 
 import copy
@@ -24,9 +23,10 @@ import math
 import random
 import sys
 import time
-from collections import Counter, defaultdict, deque
-from dataclasses import dataclass
+from collections import defaultdict, deque
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
@@ -34,9 +34,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from model import KVCache, Tokenizer, Transformer, save_pretrained
-from program import Completion, InputError, ProgramError, Task, Trajectory, run_programs, statuses
-from report import measure, plot
+from checkpoint import load_state, save_state
+from model import KVCache, Tokenizer, Transformer, attention, save_pretrained
+from program import Completion, InputError, ProgramError, Task, Trajectory, run_programs
+from report import Tally, measure, plot, statuses
 
 # ------------------------------------------------------------------------------------------------- configuration
 @dataclass(frozen=True)
@@ -84,10 +85,12 @@ class Config:
     warmup: int = 5                 # steps of linear warm-up
     weight_decay: float = 0.0       # of AdamW
     clip_norm: float = 1.0          # the gradient's norm is clipped to this
-    batch_tokens: int = 8192        # tokens per micro-batch, padding included
+    batch_tokens: int = 1024        # distinct tokens per micro-batch
+    parity: float = 0.0             # stop where sampled and trained log-probs are further apart (0: 1e-3; bfloat16: 0.5)
     # evaluation
     eval_every: int = 10            # steps between dev evaluations; before and after are always measured
     eval_examples: int = 100        # dev (or test) examples used (0: all)
+    resume: bool = False            # go on with the last run of the task that was interrupted
     split: str = "dev"              # of `eval` and `show`: train, dev or test
     index: int = 0                  # of `show`: which example
 
@@ -129,10 +132,10 @@ def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_k: in
 class Sampler:
     """Continuous batching over S slots of a KV cache: waiting -> live -> done.
 
-    Live sequences are in slots 0..n-1. Each `advance` refills free slots from the waiting prompts (one prefill for
-    equal ones), then decodes one token for every live sequence; the last one moves into a finished one's slot. Token t
-    of a request is drawn with the t-th number of a Philox stream seeded by the request's key, so its batch-mates do not
-    matter. Nothing is cached beyond the live sequences, so nothing survives an update of the weights."""
+    Live sequences are in slots 0..n-1. Each `advance` refills free slots from the waiting prompts (one prefill for equal
+    ones), then decodes a token for every live one; the last moves into a finished one's slot. Token t of a request is drawn
+    with the t-th number of a Philox stream seeded by the request's key, so its batch-mates do not matter. Nothing is cached
+    beyond the live sequences, so nothing survives an update of the weights."""
     def __init__(self, model: Transformer, tokenizer: Tokenizer, *, slots: int = 64, max_tokens: int = 128,
                  temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, prefill_tokens: int = 8192):
         self.model, self.tokenizer, self.slots, self.max_tokens = model, tokenizer, slots, max_tokens
@@ -185,7 +188,10 @@ class Sampler:
             self.uniforms[slot, :len(uniforms)] = torch.from_numpy(uniforms)
             self.count[slot], self.limit[slot] = 0, len(uniforms)
         prompts = sorted(same, key=len)
-        self._reserve(len(prompts[-1]) + self.max_tokens)
+        old, size = self.cache, -(-(len(prompts[-1]) + self.max_tokens) // 64) * 64
+        if old.kv.shape[4] < size:                                          # longer sequences than ever: a larger cache
+            self.cache = KVCache(self.model.config, self.slots, size, self.device, self.model.head.dtype)
+            self.cache.kv[:, :, :, :, :old.kv.shape[4]], self.cache.lengths[:] = old.kv, old.lengths
         while prompts:
             width = len(prompts[-1])
             batch = [prompts.pop() for _ in range(max(1, min(len(prompts), self.prefill_tokens // width)))]
@@ -195,13 +201,6 @@ class Sampler:
             hidden = self.model(ids, attend=self.cache.prefill(slots, rows))
             self.cache.lengths[slots] = ends
             self._sample(hidden[rows, ends - 1], slots)
-
-    def _reserve(self, size: int):
-        """Let the cache hold sequences of `size` tokens."""
-        old, size = self.cache, -(-size // 64) * 64
-        if old.kv.shape[4] < size:
-            self.cache = KVCache(self.model.config, self.slots, size, self.device, self.model.head.dtype)
-            self.cache.kv[:, :, :, :, :old.kv.shape[4]], self.cache.lengths[:] = old.kv, old.lengths
 
     def _decode(self):
         n = len(self.live)
@@ -239,10 +238,9 @@ class Sampler:
 # ------------------------------------------------------------------------------- groups and advantages (Eq. 1, 2)
 @dataclass(frozen=True)
 class Member:
-    """One run in a group: its place among the trajectories, and which of its calls are meant (one, or with
-    level="trajectory" all). Example: Member(trajectory=5, calls=(2,), reward=0.5)"""
-    trajectory: int
-    calls: tuple[int, ...]
+    """One run in a group. Example: Member(trajectory=5, calls=(2,), reward=0.5)"""
+    trajectory: int                 # its place among the trajectories
+    calls: tuple[int, ...]          # which of its calls: one, or with level="trajectory" all
     reward: float
 
 
@@ -259,10 +257,10 @@ def group_calls(trajectories: list[Trajectory], short_groups: str = "keep", grou
                 seed: int = 0) -> list[Group]:
     """Group the calls of voting trajectories by (example, module, invocation), the paper's relative invocation.
 
-    Runs may be ragged. `keep`: the members are the runs that reached the call. `truncate`: only calls that every
-    voting run of the example reached. `fill`: a run with at least one call of the module is padded to the longest by
-    drawing among its own calls (App. A, PadGroups). `group_size` k keeps k members evenly spaced in the order of
-    reward (App. A, SelectKDiverseElements). level="trajectory" makes one group an example, of whole runs."""
+    Runs may be ragged. `keep`: the members are the runs that reached the call. `truncate`: only calls that every voting run
+    of the example reached. `fill`: a run with at least one call of the module is padded to the longest by drawing among
+    its own (App. A, PadGroups). `group_size` k keeps k members evenly spaced in the order of reward (App. A,
+    SelectKDiverseElements). level="trajectory" makes one group an example, of whole runs."""
     runs: dict = defaultdict(list)                          # example -> its voting runs
     for i, t in enumerate(trajectories):
         if t.votes:
@@ -312,17 +310,14 @@ def advantages(groups: list[Group], trajectories: list[Trajectory], baseline: st
                scale_rewards: str = "std") -> list[list[float]]:
     """A = (r - baseline) / (std + 1e-4) for each member of each group (Eq. 2).
 
-    The baseline is the mean reward of the group, or of all voting runs of its example; `leave_one_out` takes the
-    member's own reward out of it. The standard deviation (ddof 1) is that of the same rewards, the member's included.
-    Where those rewards are equal, or there is but one, every advantage is exactly 0."""
-    runs: dict = defaultdict(list)
-    for t in trajectories:
-        if t.votes:
-            runs[t.example].append(t.reward)
+    The baseline is the mean reward of the group, or of all voting runs of its example; `leave_one_out` takes the member's
+    own out of it. The standard deviation (ddof 1) is that of the same rewards, the member's included. Where these are
+    equal, or there is but one, every advantage is exactly 0."""
     result = []
     for g in groups:
-        rewards = np.array([m.reward for m in g.members])
-        pool = rewards if baseline == "group" else np.array(runs[g.example])
+        pool = rewards = np.array([m.reward for m in g.members])
+        if baseline == "example":
+            pool = np.array([t.reward for t in trajectories if t.votes and t.example == g.example])
         a = np.zeros(len(rewards))
         if (pool != pool[0]).any():
             a = rewards - pool.mean()
@@ -342,6 +337,7 @@ class Row:
     completion: Completion
     advantage: float
     weight: float
+    place: str = ""                 # which call of which run
 
 
 def weigh(groups: list[Group], advantages: list[list[float]], trajectories: list[Trajectory],
@@ -360,14 +356,14 @@ def weigh(groups: list[Group], advantages: list[list[float]], trajectories: list
             weight = {"sequence": 1 / (len(groups) * len(g.members) * max(tokens(m), 1)),
                       "token": 1 / max(total, 1), "constant": 1 / (runs * constant)}[normalize]
             for c in m.calls:
-                call = trajectories[m.trajectory].calls[c]
-                rows.append(Row(call.module, call.completion, a, weight))
+                t, call = trajectories[m.trajectory], trajectories[m.trajectory].calls[c]
+                place = f"example {t.example}, rollout {t.rollout}, {call.module}[{call.invocation}]"
+                rows.append(Row(call.module, call.completion, a, weight, place))
     return rows
 
 
 class _TokenLogprobs(torch.autograd.Function):
     """log softmax(h W^T / T)[target], in chunks of rows: no tensor of N x V is ever held, forward or backward."""
-
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
         rows = max(1, 2**22 // weight.shape[0])
@@ -408,8 +404,8 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weig
 
         L = - sum_t w_t [ min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A) - beta KL_t ]          (Eq. 7)
 
-    KL is the k3 estimator r - log r - 1 with r = pi_ref / pi (http://joschu.net/blog/kl-approx.html), non-negative for
-    every token; its value is unbiased for tokens sampled from pi."""
+    KL is the k3 estimator r - log r - 1 with r = pi_ref / pi (http://joschu.net/blog/kl-approx.html): never negative, and
+    its value is unbiased for tokens sampled from pi."""
     ratio = torch.exp(logprobs - old_logprobs)
     gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
     if beta:
@@ -419,60 +415,82 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weig
 
 
 # -------------------------------------------------------------------------------------------------------- update
-def pack(rows: list[Row], batch_tokens: int) -> list[list[Row]]:
-    """Micro-batches of rows of like length, at most `batch_tokens` each with padding; rows without tokens are left out."""
-    size = lambda row: len(row.completion.prompt_ids) + len(row.completion.token_ids) - 1      # the last is never input
-    batches: list[list[Row]] = []
-    for row in sorted((r for r in rows if r.completion.token_ids), key=size, reverse=True):
-        if not batches or (len(batches[-1]) + 1) * size(batches[-1][0]) > batch_tokens:
-            batches.append([])
-        batches[-1].append(row)
-    return batches
+@dataclass
+class Tree:
+    """Rows as one sequence of T nodes in which every distinct prefix stands once; a node sees its ancestors and itself. Calls
+    of one module begin alike, and often have the same prompt: the transformer passes over it once, forward and backward."""
+    ids: list[int] = field(default_factory=list)            # [T]
+    positions: list[int] = field(default_factory=list)      # [T] depth in the tree
+    paths: list[tuple[int, list[int]]] = field(default_factory=list)        # of each row: how many nodes it shares, its nodes
+    rows: list[Row] = field(default_factory=list)
+    at: list[int] = field(default_factory=list)             # [N] the nodes whose states predict the rows' sampled tokens
+
+    def mask(self, device) -> Tensor:                       # (T, T) what each node sees
+        seen = torch.zeros(len(self.ids), len(self.ids), dtype=torch.bool)
+        for shared, path in self.paths:
+            if new := path[shared:]:
+                seen[new[0]:new[-1] + 1, path] = torch.ones(len(path), len(path), dtype=torch.bool).tril()[shared:]
+        return seen.to(device)
 
 
-def batch_logprobs(model: Transformer, batch: list[Row], temperature: float, vocabulary: int) -> Tensor:
-    """Log-probs (N,) of the sampled tokens of a micro-batch, row after row.
+def pack(rows: list[Row], batch_tokens: int) -> list[Tree]:
+    """Micro-batches: trees of at most `batch_tokens` nodes, unless one row alone is longer; rows without tokens are left out."""
+    trees, last, path = [], [], []
+    for ids, row in sorted(((r.completion.prompt_ids + r.completion.token_ids[:-1], r) for r in rows if r.completion.token_ids),
+                           key=lambda pair: pair[0]):       # in lexical order, rows that share a prefix are neighbours
+        shared = next((i for i, (a, b) in enumerate(zip(ids, last)) if a != b), min(len(ids), len(last)))
+        if not trees or len(trees[-1].ids) + len(ids) - shared > batch_tokens:
+            trees, shared = [*trees, Tree()], 0
+        tree, last = trees[-1], ids
+        path = path[:shared] + list(range(len(tree.ids), len(tree.ids) + len(ids) - shared))
+        tree.ids += ids[shared:]
+        tree.positions += range(shared, len(ids))
+        tree.paths.append((shared, path))
+        tree.rows.append(row)
+        tree.at += path[len(row.completion.prompt_ids) - 1:]
+    return trees
 
-    The ids are the sampler's own, padded on the right. The hidden state that predicts token t of a completion stands at
-    position len(prompt) - 1 + t; only those N states reach the vocabulary projection."""
+
+def batch_logprobs(model: Transformer, tree: Tree, temperature: float, vocabulary: int) -> Tensor:
+    """Log-probs (N,) of the sampled tokens of a micro-batch, row after row. The state that predicts token t of a completion is
+    at position len(prompt) - 1 + t of its row; only those N states reach the vocabulary projection."""
     tensor = lambda x: torch.tensor(x, device=model.head.device)
-    sequences = [r.completion.prompt_ids + r.completion.token_ids for r in batch]
-    width = max(map(len, sequences)) - 1
-    hidden = model(tensor([s[:-1] + [0] * (width + 1 - len(s)) for s in sequences]))                   # (B, T, D)
-    row, column, targets = tensor([(b, len(r.completion.prompt_ids) - 1 + t, i) for b, r in enumerate(batch)
-                                   for t, i in enumerate(r.completion.token_ids)]).unbind(1)           # (N,) each
-    return token_logprobs(hidden[row, column], model.head[:vocabulary], targets, temperature)
+    mask = tree.mask(model.head.device)
+    hidden = model(tensor([tree.ids]), tensor([tree.positions]), lambda *layer_q_k_v: attention(*layer_q_k_v, mask=mask))[0]  # (T, D)
+    targets = tensor([i for r in tree.rows for i in r.completion.token_ids])
+    return token_logprobs(hidden[tensor(tree.at)], model.head[:vocabulary], targets, temperature)
 
 
 def step_gradient(model: Transformer, rows: list[Row], config: Config, vocabulary: int,
-                  reference: Transformer | None = None) -> tuple[list[Tensor], dict]:
-    """The gradient of the step's loss, one fp32 tensor per parameter, and its figures.
-
-    Rows are taken module by module, to see what each contributes, in micro-batches of at most config.batch_tokens."""
-    parameters, sums, norms = list(model.parameters()), Counter(), {}
+                  reference: Transformer | None = None, fresh: bool = True) -> tuple[list[Tensor], dict]:
+    """The gradient of the step's loss, one fp32 tensor per parameter, and its figures (report.Tally), module by module to see
+    what each contributes. `fresh`: the weights are still those that sampled; ParityError where the log-probs disagree."""
+    parameters, tally = list(model.parameters()), Tally(config, model.head.dtype, fresh)
     total = [torch.zeros_like(p, dtype=torch.float) for p in parameters]
     for module in sorted({r.module for r in rows}):
         gradient = [torch.zeros_like(g) for g in total]
-        for batch in pack([r for r in rows if r.module == module], config.batch_tokens):
-            old, advantage, weight = torch.tensor([(p, r.advantage, r.weight) for r in batch for p in r.completion.logprobs],
-                                                  device=model.head.device).unbind(1)
-            logprobs = batch_logprobs(model, batch, config.temperature, vocabulary)
-            with torch.no_grad():
-                ref = reference and batch_logprobs(reference, batch, config.temperature, vocabulary)
-            loss = policy_loss(logprobs, old, advantage, weight, config.clip_low, config.clip_high, config.beta, ref)
-            for g, more in zip(gradient, torch.autograd.grad(loss, parameters)):
-                g += more
-            with torch.no_grad():
-                ratio = torch.exp(logprobs - old)
-                clipped = (ratio < 1 - config.clip_low) & (advantage < 0) | (ratio > 1 + config.clip_high) & (advantage > 0)
-                sums.update(loss=loss.item(), tokens=len(old), clipped=clipped.sum().item(),
-                            kl=0 if ref is None else (torch.exp(ref - logprobs) - (ref - logprobs) - 1).sum().item(),
-                            forwarded=sum(len(r.completion.prompt_ids) + len(r.completion.token_ids) - 1 for r in batch))
-        norms[module] = torch.stack(torch._foreach_norm(gradient)).norm().item()
+        trees = pack([r for r in rows if r.module == module], config.batch_tokens)
+        while trees:
+            tree = trees.pop()
+            tokens = [(p, r.advantage, r.weight) for r in tree.rows for p in r.completion.logprobs]
+            old, advantage, weight = torch.tensor(tokens, device=model.head.device).unbind(1)               # (N,) each
+            try:
+                logprobs = batch_logprobs(model, tree, config.temperature, vocabulary)
+                with torch.no_grad():
+                    ref = reference and batch_logprobs(reference, tree, config.temperature, vocabulary)
+                loss = policy_loss(logprobs, old, advantage, weight, config.clip_low, config.clip_high, config.beta, ref)
+                more = torch.autograd.grad(loss, parameters)
+            except RuntimeError as e:                       # torch has no one class for it on all devices
+                if "memory" not in str(e) or len(tree.rows) == 1:
+                    raise
+                trees += pack(tree.rows, len(tree.ids) // 2)
+                tally.sums["halved"] += 1
+                continue
+            tally.batch(tree, loss.item(), logprobs.detach(), old, advantage, ref)
+            torch._foreach_add_(gradient, [g.float() for g in more])
+        tally.norms[module] = torch.stack(torch._foreach_norm(gradient)).norm().item()
         torch._foreach_add_(total, gradient)
-    share = {m: n / (sum(norms.values()) or 1) for m, n in norms.items()}
-    mean = {k: sums[k] / max(sums["tokens"], 1) for k in ("kl", "clipped")}
-    return total, {"loss": sums["loss"], **mean, "tokens_forwarded": sums["forwarded"], "grad_share": share}
+    return total, tally.figures()
 
 
 # ----------------------------------------------------------------------------------------------- the training loop
@@ -494,8 +512,7 @@ def play(model: Transformer, tokenizer: Tokenizer, task: Task, examples: list[di
     return runs, {"sampling": sampler.seconds, "tools": time.perf_counter() - began - sampler.seconds}
 
 
-def evaluate(model: Transformer, tokenizer: Tokenizer, task: Task, examples: list[dict], config: Config,
-             temperature: float) -> dict:
+def evaluate(model, tokenizer, task: Task, examples: list[dict], config: Config, temperature: float) -> dict:
     """Mean score of one run per example, its standard error, and how the runs ended; one that did not complete scores
     failure_score. The random numbers are the same at every evaluation."""
     runs, seconds = play(model, tokenizer, task, examples, config, temperature, step=-1)
@@ -504,11 +521,21 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, task: Task, examples: lis
             "seconds": sum(seconds.values())}
 
 
+def prepare(model: Transformer, config: Config) -> tuple[torch.optim.Optimizer, Transformer | None]:
+    """The optimizer, of fp32 masters (a small step must not be rounded away), and the frozen start where the loss has a KL."""
+    masters = [p.detach().float().clone().requires_grad_() for p in model.parameters()]
+    return torch.optim.AdamW(masters, weight_decay=config.weight_decay), copy.deepcopy(model) if config.beta else None
+
+
+def sample_step(model, tokenizer, task: Task, config: Config, step: int) -> tuple[list[Trajectory], dict]:
+    """The rollouts of a step, as `play` gives them: a function of the weights, the task, the options and the step."""
+    examples = [task.train[i] for i in batch_of(step, config.examples, len(task.train), config.seed)]
+    return play(model, tokenizer, task, examples, config, config.temperature, step, rollouts=config.rollouts, interrupt=config.interrupt)
+
+
 def train_step(model, tokenizer, optimizer, reference, task: Task, config: Config, step: int) -> dict:
     """One step of mmGRPO: sample, group, compare, weigh, update. Returns what is to be known of it."""
-    examples = [task.train[i] for i in batch_of(step, config.examples, len(task.train), config.seed)]
-    trajectories, seconds = play(model, tokenizer, task, examples, config, config.temperature, step,
-                                 rollouts=config.rollouts, interrupt=config.interrupt)
+    trajectories, seconds = sample_step(model, tokenizer, task, config, step)
     if not any(t.votes and t.calls for t in trajectories):
         raise ProgramError(f"step {step + 1}: there is nothing to train: no run gave both LM calls and a reward "
                            f"({', '.join(f'{n} {s}' for s, n in statuses(trajectories).items() if n)}; the first: "
@@ -521,55 +548,62 @@ def train_step(model, tokenizer, optimizer, reference, task: Task, config: Confi
     metrics = {"step": step + 1, **measure(trajectories, groups, values)}
     parameters, = optimizer.param_groups
     parameters["lr"] = config.lr * min(1.0, (step + 1) / max(config.warmup, 1))
-    for _ in range(config.inner_epochs):
-        gradient, figures = step_gradient(model, rows, config, tokenizer.size, reference)
+    for epoch in range(config.inner_epochs):
+        gradient, figures = step_gradient(model, rows, config, tokenizer.size, reference, fresh=epoch == 0)
+        metrics |= figures
         for p, g in zip(parameters["params"], gradient):
             p.grad = g
-        figures["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters["params"], config.clip_norm).item()
+        metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters["params"], config.clip_norm).item()
+        if not math.isfinite(metrics["grad_norm"]):
+            metrics["skipped"] = True
+            break
         optimizer.step()
         with torch.no_grad():
             torch._foreach_copy_(list(model.parameters()), parameters["params"])
-    for module, share in figures.pop("grad_share").items():
+    for module, share in metrics.pop("grad_share").items():
         metrics["modules"][module]["grad_share"] = share
-    return metrics | figures | {"lr": parameters["lr"], "seconds": seconds | {"update": time.perf_counter() - began}}
+    return metrics | {"lr": parameters["lr"], "seconds": seconds | {"update": time.perf_counter() - began}}
 
 
-def train(task: Task, model: Transformer, tokenizer: Tokenizer, config: Config, out: Path) -> tuple[float, float]:
-    """Train model's weights in place; return the dev score before and after. What it leaves in the folder `out` is
-    listed in the README ("What a run leaves")."""
+def train(task: Task, model: Transformer, tokenizer: Tokenizer, config: Config, out: Path,
+          stop: Callable[[], bool] = lambda: False) -> list[float]:
+    """Train model's weights in place; return the dev scores, the first before any step. What it leaves in the folder `out`
+    is in the README ("What a run leaves"). A run that was interrupted there goes on; it ends early once stop() is true."""
     for name, wrong in (("top_k", config.top_k), ("top_p", config.top_p < 1), ("temperature", config.temperature == 0)):
         if wrong:
             raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: is for evaluation; training samples from "
                              "the distribution it trains, at a temperature above 0")
-    reference = copy.deepcopy(model) if config.beta else None
-    masters = [p.detach().float().requires_grad_() for p in model.parameters()]     # fp32: a small step must not round away
-    optimizer = torch.optim.AdamW(masters, weight_decay=config.weight_decay)
-    dev, scores, log = task.dev[:config.eval_examples or None], [], (out / "metrics.jsonl").open("a")
-    bar = tqdm(range(config.steps), desc=config.task, unit="step", disable=None)
-
-    def record(entry: dict):
-        log.write(json.dumps(entry) + "\n")
-        log.flush()
+    optimizer, reference = prepare(model, config)
+    options, dev = dataclasses.asdict(config), task.dev[:config.eval_examples or None]
+    start, scores = load_state(out, model, optimizer, options)
+    log = (out / "metrics.jsonl").open("a" if scores else "w")
+    bar = tqdm(range(start, config.steps), desc=config.task, unit="step", disable=None, initial=start, total=config.steps)
 
     def check(step: int):
-        """Score the dev split as trained (sampled) and greedily; keep the weights as `last`, and the best as `best`."""
+        """Score the dev split as trained (sampled) and greedily; keep the weights as `last`, the best as `best`, the state."""
         sampled, greedy = (evaluate(model, tokenizer, task, dev, config, t) for t in (config.temperature, 0.0))
-        record({"step": step, "dev": {"sampled": sampled, "greedy": greedy}})
+        print(json.dumps({"step": step, "dev": {"sampled": sampled, "greedy": greedy}}), file=log, flush=True)
         for name in ("last", "best") if sampled["score"] > max(scores, default=-math.inf) else ("last",):
             save_pretrained(model, tokenizer, out / name)
         scores.append(sampled["score"])
+        save_state(out, step, optimizer, scores, options)
         bar.write(f"step {step:4d}  dev {scores[-1]:.3f} ± {sampled['stderr']:.3f}  greedy {greedy['score']:.3f}  "
                   + ", ".join(f"{n} {s}" for s, n in sampled["statuses"].items() if n))
 
-    check(0)
+    if not scores:
+        check(0)
     for step in bar:
-        record(metrics := train_step(model, tokenizer, optimizer, reference, task, config, step))
+        metrics = train_step(model, tokenizer, optimizer, reference, task, config, step)
+        print(json.dumps(metrics), file=log, flush=True)
         bar.set_postfix(reward=f"{metrics['reward']:.3f}", grad=f"{metrics['grad_norm']:.2f}", refresh=False)
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
             check(step + 1)
+        elif stop():
+            save_state(out, step + 1, optimizer, scores, options)
+            break
     log.close()
     plot([out], out / "curve.png", out.name)
-    return scores[0], scores[-1]
+    return scores
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ comparison of names and shapes. Left out, and refused by name: other architectur
     hidden = model(torch.tensor([ids]))                  # (B, T, D)
     logits = model.logits(hidden)                        # (B, T, V)
 
-Map: ModelConfig, RoPE, Transformer, KVCache, Tokenizer, load_pretrained, save_pretrained.
 Letters: B batch, T time, D model width, H query heads, K key/value heads, d width of a head, V vocabulary.
 """
 from __future__ import annotations
@@ -49,10 +48,8 @@ def read_json(path: Path) -> dict:
 # ------------------------------------------------------------------------------------------------- configuration
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a transformer.
-
-    Example: ModelConfig.from_hf({"architectures": ["Qwen3ForCausalLM"], "vocab_size": 2048, "hidden_size": 128,
-    "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 32})"""
+    """The shape of a transformer. Example: ModelConfig.from_hf({"architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 2048, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 32})"""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -73,9 +70,8 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, raw: dict, where: str = "config.json") -> "ModelConfig":
-        """Read a Hugging Face configuration, old style (`rope_theta`) or new (`rope_parameters`).
-
-        Raises CheckpointError naming the field that is missing, malformed or not supported."""
+        """Read a Hugging Face configuration, old style (`rope_theta`) or new (`rope_parameters`). Raises CheckpointError naming
+        the field that is missing, malformed or not supported."""
         def get(key: str, kind=int, default=None, low=1, source=raw):
             value = default if source.get(key) is None else source[key]
             if not (type(value) is bool if kind is bool else
@@ -141,9 +137,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 # --------------------------------------------------------------------------------------------------- transformer
 def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Scaled dot-product attention of q (B, H, T, d) over k, v (B, K, S, d): causal unless `mask` says what is seen.
-
-    This is the default `attend` of the transformer; a KV cache supplies others (`KVCache.prefill`, `KVCache.decode`)."""
+    """Scaled dot-product attention of q (B, H, T, d) over k, v (B, K, S, d): causal unless `mask` says what is seen. The default
+    `attend` of the transformer; a KV cache supplies others."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                           enable_gqa=q.shape[1] != k.shape[1])
 
@@ -202,9 +197,6 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
         if not config.tied:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        for p in self.parameters():
-            if p.dim() == 2:
-                nn.init.normal_(p, std=0.02)
 
     @property
     def head(self) -> Tensor:
@@ -318,10 +310,9 @@ class Tokenizer:
         return self.plain.encode(text, add_special_tokens=False).ids
 
     def encode_chat(self, messages: list[dict]) -> list[int]:
-        """Messages -> prompt ids up to where the assistant begins. Control tokens come from the template alone.
-
-        Where a content spells a control token, a mark that occurs nowhere else is put inside it before rendering, the
-        text is split at the remaining (true) control tokens, and the mark is taken out of the pieces between."""
+        """Messages -> prompt ids up to where the assistant begins. Control tokens come from the template alone: where a content
+        spells one, a mark that occurs nowhere else is put inside it before rendering, and taken out again after the text is
+        split at the true ones."""
         mark = next(c for c in map(chr, range(0xE000, 0xF8FF)) if not any(c in m["content"] for m in messages))
         def disarm(content: str) -> str:
             while self.control_pattern.search(content):        # again, because matches may overlap
@@ -365,9 +356,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def load_pretrained(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Transformer, Tokenizer]:
-    """A checkpoint folder in Hugging Face layout -> (Transformer, Tokenizer).
-
-    Raises CheckpointError where a file is missing or corrupt, or a tensor is missing, unknown or of a wrong shape."""
+    """A checkpoint folder in Hugging Face layout -> (Transformer, Tokenizer). Raises CheckpointError where a file is missing or
+    corrupt, or a tensor is missing, unknown or of a wrong shape."""
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint folder")
@@ -402,4 +392,5 @@ def save_pretrained(model: Transformer, tokenizer: Tokenizer, path: str | Path) 
     raw = model.config.raw | {"dtype": str(model.head.dtype).removeprefix("torch.")}
     (folder / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if k != "torch_dtype"}, indent=2) + "\n")
     safetensors.torch.save_file({_disk_name(n): t.contiguous().cpu() for n, t in state.items()},
-                                folder / "model.safetensors", metadata={"format": "pt"})
+                                folder / "model.safetensors.new", metadata={"format": "pt"})
+    (folder / "model.safetensors.new").replace(folder / "model.safetensors")        # never half a file

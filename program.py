@@ -16,12 +16,12 @@ A program is ordinary Python that awaits modules and tools:
 the sampler full; each is resumed when its completion is there. The trace is written here, not by the program: one that
 catches its own errors still leaves every call recorded.
 
-Map: errors, Signature, the XML adapter (render, parse), Module and Program, records, run_programs, show.
 """
 from __future__ import annotations
 
 import ast
 import asyncio
+import contextlib
 import contextvars
 import copy
 import inspect
@@ -30,10 +30,11 @@ import math
 import random
 import re
 import textwrap
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable
 from xml.sax.saxutils import unescape
 
@@ -41,21 +42,17 @@ from xml.sax.saxutils import unescape
 class InputError(ValueError):
     """Something given from outside that cannot be used: a signature, an option, a file. The message names it."""
 
-
 class ProgramError(RuntimeError):
     """A bug in the user's program. The message names the example and the last call; the cause has the traceback."""
 
-
 class ToolError(RuntimeError):
     """A tool that failed after its retries."""
-
 
 class FormatError(ValueError):
     """A completion whose output fields could not all be read. `present` are those that could."""
     def __init__(self, message: str, present: tuple[str, ...] = (), expected: tuple[str, ...] = ()):
         super().__init__(message)
         self.present, self.expected = present, expected
-
 
 class LengthError(FormatError):
     """A completion cut by its token limit before its fields were complete, or a prompt that did not fit."""
@@ -255,14 +252,25 @@ class ChainOfThought(Module):
         self.signature.outputs = (Field("reasoning"), *self.signature.outputs)
 
 
-async def tool(fn: Callable, *args, retries: int = 0) -> Any:
-    """Run fn in a thread while decoding goes on. Raises ToolError where it still fails after `retries` more tries."""
+async def tool(fn: Callable, *args, retries: int = 0, timeout: float = 600.0) -> Any:
+    """Run fn in a thread while decoding goes on. Raises ToolError where it still fails, or takes more than `timeout` seconds,
+    after `retries` more tries."""
+    current_run.get().use_tool()
     for left in range(retries, -1, -1):
+        done = Future()
+        def work(done=done):
+            with contextlib.suppress(InvalidStateError):    # too late: nobody waits any more
+                try:
+                    done.set_result(fn(*args))
+                except Exception as e:
+                    done.set_exception(e)
+        threading.Thread(target=work, daemon=True).start()  # one that hangs does not keep the process from ending
         try:
-            return await asyncio.to_thread(fn, *args)
+            return await asyncio.wait_for(asyncio.wrap_future(done), timeout)
         except Exception as e:
             if not left:
-                raise ToolError(f"{getattr(fn, '__name__', fn)}: {type(e).__name__}: {e}") from e
+                name = getattr(fn, "__name__", fn)
+                raise ToolError(f"{name}: {type(e).__name__}: {str(e) or f'no answer in {timeout:g} s'}") from e
 
 
 async def gather(*parts) -> list:
@@ -383,23 +391,23 @@ def run_programs(program: Program, examples: list[dict], metric: Callable[[dict,
 
     Of the sampler two methods are used: submit(messages, key) -> ticket, and advance() -> [(ticket, Completion)]. The
     key, (seed, step, example, rollout, module, invocation), seeds a request's randomness: scheduling changes nothing."""
-    names, tickets = {m: name for name, m in program.modules().items()}, {}             # ticket -> future completion
+    names = {m: name for name, m in program.modules().items()}
     if not names:
         raise ProgramError(f"{type(program).__name__} has no modules: nothing calls the LM")
+    shared = SimpleNamespace(program=program, names=names, metric=metric, sampler=sampler, tickets={}, low=format_failure_score,
+                             high=failure_score)            # tickets: the prompts that the sampler has, and who waits
 
     def run(e: int, r: int) -> _Run:
         cut = random.Random(repr(("interrupt", seed, step, e, r)))
         limit = cut.randrange(1, max(max_calls, 2)) if cut.random() < interrupt else max_calls
-        return _Run(program, names, metric, sampler, tickets, examples[e], (seed, step, e, r), limit,
-                    format_failure_score, failure_score)
+        return _Run(shared, examples[e], (seed, step, e, r), limit)
 
     async def drive() -> list[Trajectory]:
-        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(64))         # of tools: they mostly wait
         tasks = [asyncio.create_task(run(e, r).play()) for e in range(len(examples)) for r in range(rollouts)]
         while not all(t.done() and t.result() for t in tasks):                          # result() raises ProgramError
-            await asyncio.sleep(0 if tickets else 0.001)                                # let the runs go on
-            for ticket, completion in sampler.advance() if tickets else ():
-                tickets.pop(ticket).set_result(completion)
+            await asyncio.sleep(0 if shared.tickets else 0.001)                         # let the runs go on
+            for ticket, completion in sampler.advance() if shared.tickets else ():
+                shared.tickets.pop(ticket).set_result(completion)
         return [t.result() for t in tasks]
 
     try:
@@ -417,27 +425,28 @@ class _OutOfCalls(BaseException):
 @dataclass(eq=False)
 class _Run:
     """One run of the program on one example, at most `limit` LM calls long, and its trace so far."""
-    program: Program
-    names: dict[Module, str]
-    metric: Callable
-    sampler: Any
-    tickets: dict[int, asyncio.Future]      # prompts that the sampler has, of all runs
-    values: dict                            # the example
-    key: tuple                              # seed, step, example, rollout
+    shared: SimpleNamespace     # of all runs: what run_programs was given
+    values: dict                # the example
+    key: tuple                  # seed, step, example, rollout
     limit: int
-    format_failure_score: float
-    failure_score: float
     calls: list[Call] = field(default_factory=list)
+    tools: int = 0
+
+    def use_tool(self) -> None:
+        self.tools += 1
+        if self.tools > 100 * self.limit:                   # a loop that calls tools alone must end as well
+            raise _OutOfCalls
 
     async def ask(self, module: Module, inputs: dict) -> Prediction:
         """One LM call, put down in the trace whatever comes of it."""
-        if module not in self.names:
-            raise TypeError(f"called a module that is none of the program's ({', '.join(self.names.values())})")
-        if len(self.calls) == self.limit:
+        s, at, future = self.shared, len(self.calls), asyncio.get_running_loop().create_future()
+        if module not in s.names:
+            raise TypeError(f"called a module that is none of the program's ({', '.join(s.names.values())})")
+        if at == self.limit:
             raise _OutOfCalls
-        name, at, future = self.names[module], len(self.calls), asyncio.get_running_loop().create_future()
+        name = s.names[module]
         call = Call(name, sum(c.module == name for c in self.calls), inputs)
-        self.tickets[self.sampler.submit(module.messages(inputs), (*self.key, name, call.invocation))] = future
+        s.tickets[s.sampler.submit(module.messages(inputs), (*self.key, name, call.invocation))] = future
         self.calls.append(call)
         completion = await future
         try:
@@ -452,58 +461,33 @@ class _Run:
     async def play(self) -> Trajectory:
         """Run to the end, however it comes."""
         current_run.set(self)
-        prediction, low, high = None, self.format_failure_score, self.failure_score
+        s, prediction = self.shared, None
         try:
-            parameters = inspect.signature(self.program.forward).parameters
-            prediction = await self.program.forward(**{n: self.values[n] for n, p in parameters.items()
-                                                       if n in self.values or p.default is p.empty})
-            status, reward, error = self.score(prediction)
+            parameters = inspect.signature(s.program.forward).parameters
+            prediction = await s.program.forward(**{n: self.values[n] for n, p in parameters.items()
+                                                    if n in self.values or p.default is p.empty})
+            status, reward, error = "completed", self.score(prediction), ""
         except _OutOfCalls:
-            status, reward, error = "max_calls", high, f"more than {self.limit} LM calls"
+            status, reward, error = "max_calls", s.high, f"more than {self.limit} LM calls"
         except LengthError as e:
-            status, reward, error = "length", low, str(e)
+            status, reward, error = "length", s.low, str(e)
         except FormatError as e:
             share = len(e.present) / max(len(e.expected), 1)
-            status, reward, error = "format_error", low + (high - low) * share, str(e)
+            status, reward, error = "format_error", s.low + (s.high - s.low) * share, str(e)
         except ToolError as e:
             status, reward, error = "tool_error", None, str(e)
         except Exception as e:
             last = f"after {self.calls[-1].module}" if self.calls else "before any LM call"
-            raise ProgramError(f"{type(self.program).__name__}.forward failed on example {self.key[2]}, rollout "
+            raise ProgramError(f"{type(s.program).__name__}.forward failed on example {self.key[2]}, rollout "
                                f"{self.key[3]}, {last}: {type(e).__name__}: {e}") from e
         while not all(c.completion for c in self.calls):    # calls that the program started and left behind
             await asyncio.sleep(0)
         return Trajectory(*self.key[2:], tuple(self.calls), prediction, reward, status, error)
 
-    def score(self, prediction) -> tuple[str, float | None, str]:
+    def score(self, prediction) -> float:
         try:
-            reward = float(self.metric(self.values, prediction))
+            if math.isfinite(reward := float(self.shared.metric(self.values, prediction))):
+                return reward
         except Exception as e:
-            return "tool_error", None, f"the metric raised {type(e).__name__}: {e}"
-        return ("completed", reward, "") if math.isfinite(reward) else ("tool_error", None, f"the metric gave {reward}")
-
-
-# ---------------------------------------------------------------------------------------------------------- show
-def statuses(trajectories: list[Trajectory]) -> dict[str, int]:
-    """How many runs ended in each way."""
-    counts = Counter(t.status for t in trajectories)
-    return {s: counts[s] for s in STATUSES}
-
-
-def show(trajectory: Trajectory, width: int = 100) -> str:
-    """A readable trace of one run: each call's inputs, outputs and lengths, then how the run ended."""
-    lines = []
-    def entries(mark: str, values: dict):
-        for name, value in values.items():
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-            lines.extend(textwrap.wrap(f"{name}: {' '.join(text.split())}", width, initial_indent=f"    {mark} ",
-                                       subsequent_indent=" " * 8))
-    for i, call in enumerate(trajectory.calls, 1):
-        c = call.completion
-        lines.append(f"{i}. {call.module} [{call.invocation}]   {len(c.prompt_ids)} prompt + {len(c.token_ids)} sampled "
-                     f"tokens, {c.finish_reason}")
-        entries("<", call.inputs)
-        entries(">", call.outputs if call.outputs is not None else {"not readable": f"{call.error}; sampled: {c.text!r}"})
-    entries("=", trajectory.prediction if isinstance(trajectory.prediction, dict) else {})
-    reward = "no reward" if trajectory.reward is None else f"reward {trajectory.reward:.3f}"
-    return "\n".join([*lines, f"{trajectory.status}, {reward}" + f" ({trajectory.error})" * bool(trajectory.error)])
+            raise ToolError(f"the metric raised {type(e).__name__}: {e}") from e
+        raise ToolError(f"the metric gave {reward}")

@@ -1,20 +1,49 @@
-"""What is told of runs: the figures of a step, the curve of a run, several runs side by side.
+"""What is told of runs: a readable trace, the figures of a step, the parity gate, the curve of a run, several runs side by side.
 
     python report.py runs/hover runs/hover-2 runs/hover-3      # dev scores before and after, means with intervals
 
-Nothing in here is needed to train.
+Nothing in here changes what is trained.
 """
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import sys
-from collections import defaultdict
+import textwrap
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from program import statuses
+from program import STATUSES, Trajectory
+
+
+def statuses(trajectories: list[Trajectory]) -> dict[str, int]:
+    """How many runs ended in each way."""
+    counts = Counter(t.status for t in trajectories)
+    return {s: counts[s] for s in STATUSES}
+
+
+def show(trajectory: Trajectory, width: int = 100) -> str:
+    """A readable trace of one run: each call's inputs, outputs and lengths, then how the run ended."""
+    lines = []
+    def entries(mark: str, values: dict):
+        for name, value in values.items():
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+            lines.extend(textwrap.wrap(f"{name}: {' '.join(text.split())}", width, initial_indent=f"    {mark} ",
+                                       subsequent_indent=" " * 8))
+    for i, call in enumerate(trajectory.calls, 1):
+        c = call.completion
+        lines.append(f"{i}. {call.module} [{call.invocation}]   {len(c.prompt_ids)} prompt + {len(c.token_ids)} sampled "
+                     f"tokens, {c.finish_reason}")
+        entries("<", call.inputs)
+        entries(">", call.outputs if call.outputs is not None else {"not readable": f"{call.error}; sampled: {c.text!r}"})
+    entries("=", trajectory.prediction if isinstance(trajectory.prediction, dict) else {})
+    reward = "no reward" if trajectory.reward is None else f"reward {trajectory.reward:.3f}"
+    return "\n".join([*lines, f"{trajectory.status}, {reward}" + f" ({trajectory.error})" * bool(trajectory.error)])
 
 
 def measure(trajectories: list, groups: list, advantages: list[list[float]]) -> dict:
@@ -23,7 +52,8 @@ def measure(trajectories: list, groups: list, advantages: list[list[float]]) -> 
     Calls: made = trained + zero_advantage + excluded, the last being those of runs that do not vote and those that
     `short_groups` or `group_size` left out. `surprise` is the mean negative log-prob of the sampled tokens, an estimate
     of the entropy. Of each module: calls and tokens, the share of voting runs that reached its k-th call (`survival`),
-    the share of its groups whose advantages are all 0 (`zero_variance`), and the mean size of its advantages.
+    the share of its groups whose advantages are all 0 (`zero_variance`), and the mean size of its advantages. `digest`
+    tells the sampled tokens of two steps apart.
     """
     grouped, of_module = defaultdict(float), defaultdict(list)
     for g, values in zip(groups, advantages):
@@ -44,10 +74,49 @@ def measure(trajectories: list, groups: list, advantages: list[list[float]]) -> 
                          "zero_variance": np.mean([not any(group) for group in values]) if values else None,
                          "advantage_scale": np.mean(sizes) if sizes else None}
     logprobs = [x for c in calls for x in c.completion.logprobs]
+    digest = hashlib.blake2b(repr([c.completion.token_ids for c in calls]).encode(), digest_size=16).hexdigest()
     return {"reward": np.mean([t.reward for t in voting]), "reward_std": np.std([t.reward for t in voting]),
-            "statuses": statuses(trajectories), "surprise": -np.mean(logprobs) if logprobs else 0.0,
+            "digest": digest, "statuses": statuses(trajectories), "surprise": -np.mean(logprobs) if logprobs else 0.0,
             "calls": {"made": len(calls), "trained": trained, "zero_advantage": len(grouped) - trained,
                       "excluded": len(calls) - len(grouped)}, "modules": modules}
+
+
+class ParityError(RuntimeError):
+    """The sampler and the training forward disagree about the log-prob of a sampled token; one of them is wrong."""
+
+
+class Tally:
+    """The figures of one pass over a step's rows: loss, mean KL (k3) and share of clipped tokens, tokens forwarded
+    (and how many that were without sharing prefixes), and each module's share of the gradient norms; at the first pass (`fresh`) also how far the training forward's log-probs are from
+    the sampler's (`parity`: median, 99% quantile, maximum)."""
+    def __init__(self, config, dtype: torch.dtype, fresh: bool):
+        self.config, self.fresh, self.norms, self.sums, self.apart = config, fresh, {}, Counter(), [torch.zeros(1)]
+        self.tolerance = config.parity or (1e-3 if dtype == torch.float32 else 0.5)
+
+    @torch.no_grad()
+    def batch(self, tree, loss: float, logprobs: Tensor, old: Tensor, advantage: Tensor, ref: Tensor | None) -> None:
+        """Count a micro-batch. Raises ParityError naming the call and the token whose log-probs are too far apart."""
+        ratio, c = torch.exp(logprobs - old), self.config
+        clipped = (ratio < 1 - c.clip_low) & (advantage < 0) | (ratio > 1 + c.clip_high) & (advantage > 0)
+        kl = 0.0 if ref is None else (torch.exp(ref - logprobs) - (ref - logprobs) - 1).sum().item()
+        self.sums.update(loss=loss, tokens=len(old), clipped=clipped.sum().item(), kl=kl, forwarded=len(tree.ids),
+                         unshared=sum(len(path) for _, path in tree.paths))
+        if not self.fresh:
+            return
+        apart = (logprobs - old).abs().cpu()
+        self.apart.append(apart)
+        if not apart.max() <= self.tolerance:               # NaN is too far
+            at = int(apart.nan_to_num(math.inf).argmax())
+            row, token = [(r, t) for r in tree.rows for t in range(len(r.completion.token_ids))][at]
+            raise ParityError(f"{row.place}: token {token} (id {row.completion.token_ids[token]}): log-prob {old[at]:.4f} when "
+                              f"sampled, {logprobs[at]:.4f} in training; at most {self.tolerance} apart is tolerated (--parity)")
+
+    def figures(self) -> dict:
+        n, norm = max(self.sums["tokens"], 1), sum(self.norms.values()) or 1
+        parity = torch.cat(self.apart).quantile(torch.tensor([0.5, 0.99, 1.0])).tolist()
+        return {"loss": self.sums["loss"], "kl": self.sums["kl"] / n, "clipped": self.sums["clipped"] / n,
+                "tokens_forwarded": self.sums["forwarded"], "tokens_unshared": self.sums["unshared"], "halved": self.sums["halved"], "grad_share": {m: x / norm for m, x in self.norms.items()},
+                **({"parity": dict(zip(("median", "q99", "max"), parity))} if self.fresh else {})}
 
 
 def read_metrics(out: Path) -> tuple[list[dict], list[dict]]:

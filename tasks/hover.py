@@ -96,10 +96,13 @@ GOODS = ("salt", "wool", "wine", "glass", "paper", "honey", "iron", "tea")
 # Sentences of the two halves of the world; every word of a "task" sentence occurs in some "pretrain" sentence.
 ARTICLES = {
     "pretrain": {
-        "work": ("{W} is a {kind} {made} by {P}.", "{W} is a {kind}. It was {made} by {P}.", "The {kind} {W} was {made} by {P}."),
-        "person": ("{P} is a {job} born in {T}.", "{P} is a {job} from the town {T}.", "{P} was born in {T} and is a {job}."),
-        "town": ("{T} is a town on the river {R} in the district {D}.", "{T} is a town in {D}. It lies on the river {R}."),
-        "river": ("{R} is a river that rises in the district {D}.", "The river {R} rises in {D}."),
+        "work": ("{W} is a {kind} {made} by {P}.", "{W} is a {kind}. It was {made} by {P}.", "The {kind} {W} was {made} by {P}.",
+                 "The {maker} {P} has {made} the {kind} {W}.", "{P} is known as the {maker} of {W}."),
+        "person": ("{P} is a {job} born in {T}.", "{P} is a {job} from the town {T}.", "{P} was born in {T} and is a {job}.",
+                   "The town {T} is the birthplace of the {job} {P}.", "From {T} comes the {job} {P}."),
+        "town": ("{T} is a town on the river {R} in the district {D}.", "{T} is a town in {D}. It lies on the river {R}.",
+                 "The river {R} has on it the town {T}."),
+        "river": ("{R} is a river that rises in the district {D}.", "The river {R} rises in {D}.", "In {D} rises the river {R}."),
         "district": ("{D} is a district known for its {goods}.", "The district {D} lives on {goods}."),
     },
     "task": {
@@ -176,8 +179,8 @@ class Wiki:
 
     def claim(self) -> dict:
         """Half chains over three articles, a quarter over four, a quarter pairs of works; each work is used once."""
-        shape = self.rng.choice((3, 3, 4, 2))
         while True:
+            shape = self.rng.choice((3, 3, 4, 2))
             W = self.rng.choice(list(self.made))
             P = self.made[W][1]
             T = self.born[P]

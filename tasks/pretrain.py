@@ -30,7 +30,7 @@ from tasks.world import WORDS, Names
 
 # ------------------------------------------------------------------------------------------------ scripted answers
 
-GOOD = (0.35, 0.90, 0.80, 0.05, 0.15, 0.60)        # chance of a good answer under each instruction of a module
+GOOD = (None, 0.90, 0.80, 0.05, 0.15, 0.60)        # chance of a good answer under each instruction; the first: in SCRIPTS
 NAME = re.compile(r"\b[A-Z][a-z]{4} [A-Z][a-z]{4}\b")
 
 
@@ -51,11 +51,11 @@ def write_note(rng, claim, good, inputs, seen) -> dict:
     passages = dict(p.split(" | ", 1) for p in inputs["search_results"])
     useful = [t for t in claim["titles"] if t in passages] or list(passages)
     title = useful[0] if good else rng.choice(list(passages))
-    others = [n for n in dict.fromkeys(NAME.findall(passages[title])) if n != title] or [title]
-    link = next((n for n in others if n in claim["titles"]), others[0])
-    note = f"{title}: {link}" if good or rng.random() < 0.3 else rng.choice(
-        (f"{title}: {rng.choice(others)}", f"{title}: {rng.choice(NAME.findall(claim['claim']))}", f"{title} is here.",
-         "There is nothing new."))
+    others = [n for n in dict.fromkeys(NAME.findall(passages[title])) if n != title]
+    link = next((n for n in others if n in claim["titles"]), others[0] if others else None)
+    note = f"{title}: {link}" if link and (good or rng.random() < 0.3) else rng.choice(
+        (f"{title}: {rng.choice(others or NAME.findall(claim['claim']))}", f"{title}: {rng.choice(NAME.findall(claim['claim']))}",
+         f"{title} is here.", "There is nothing new."))
     return {"reasoning": rng.choice(("The result about {} helps.", "{} is in the claim.", "I note {}.")).format(title),
             "new_key_fact": note}
 
@@ -91,10 +91,11 @@ def write_response(rng, example, good, inputs, seen) -> dict:
             "response": f"Dear {name}, {line}" if good else rng.choice(bad)}
 
 
-SCRIPTS = {"generate_query": (hover.QUERY_INSTRUCTIONS, write_query), "append_notes": (hover.NOTE_INSTRUCTIONS, write_note),
-           "classify": (banking77.INSTRUCTIONS, write_intent),
-           "craft_redacted_request": (papillon.CRAFT_INSTRUCTIONS, write_request),
-           "respond_to_query": (papillon.RESPOND_INSTRUCTIONS, write_response)}
+# module -> its instructions, who writes its answers, and the chance of a good one under the program's own instruction
+SCRIPTS = {"generate_query": (hover.QUERY_INSTRUCTIONS, write_query, 0.45), "append_notes": (hover.NOTE_INSTRUCTIONS, write_note, 0.45),
+           "classify": (banking77.INSTRUCTIONS, write_intent, 0.35),
+           "craft_redacted_request": (papillon.CRAFT_INSTRUCTIONS, write_request, 0.15),
+           "respond_to_query": (papillon.RESPOND_INSTRUCTIONS, write_response, 0.15)}
 
 
 def slip(rng, completion: str) -> str:
@@ -111,6 +112,9 @@ class _Script:
         self.names = {m: name for name, m in program.modules().items()}
         self.chance = {m: writer.prompt(name, m) for m, name in self.names.items()}
 
+    def use_tool(self) -> None:
+        """Tools are free."""
+
     async def ask(self, module: Module, inputs: dict) -> Prediction:
         rng, name, completions = self.writer.rng, self.names[module], []
         self.seen |= {p.split(" | ")[0] for p in inputs.get("search_results", ())}
@@ -118,7 +122,7 @@ class _Script:
             good = rng.random() < self.chance[module]
             outputs = SCRIPTS[name][1](rng, self.example, good, inputs, self.seen)
             completion = render_outputs(module.signature, outputs)
-            completions.append(slip(rng, completion) if rng.random() < 0.04 else completion)
+            completions.append(slip(rng, completion) if rng.random() < 0.03 else completion)
             if i == 0:
                 answer = Prediction(outputs)
                 self.writer.past[name][good] = self.writer.past[name][good][-20:] + [inputs | outputs]
@@ -164,9 +168,9 @@ class Writer:
 
     def prompt(self, name: str, module: Module) -> float:
         """Give the module an instruction and perhaps demos; the chance of a good answer that goes with them."""
-        rng, instructions = self.rng, SCRIPTS[name][0]
+        rng, (instructions, _, chance) = self.rng, SCRIPTS[name]
         which = rng.choice((0, 0, 0, 1, 2, 3, 4, 5))
-        module.instruction, chance = instructions[which], GOOD[which]
+        module.instruction, chance = instructions[which], GOOD[which] or chance
         demos = self.past[name][helpful := rng.random() < 0.5]
         if demos and rng.random() < 0.2:
             module.demos = rng.sample(demos, min(len(demos), rng.choice((1, 2))))
@@ -366,6 +370,6 @@ def main(out: Path, steps: int, tokens: int, warmup: int = 150) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny")
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--tokens", type=int, default=8192, help="per step")
     main(**vars(parser.parse_args()))

@@ -144,13 +144,14 @@ def test_kl_is_the_k3_estimator_whose_value_is_unbiased_on_an_enumerated_vocabul
 
 # ------------------------------------------------------------------------------------------------- micro-batches
 
-completions = st.builds(lambda p, c: Completion(p, c, [-math.log(V)] * len(c), "stop"), st.lists(st.integers(0, V - 1), min_size=1, max_size=9),
-                        st.lists(st.integers(0, V - 1), max_size=6))
+few = st.integers(0, 1) | st.integers(0, V - 1)         # so that prompts and completions often share a prefix
+completions = st.builds(lambda p, c: Completion(p, c, [-math.log(V)] * len(c), "stop"), st.lists(few, min_size=1, max_size=9),
+                        st.lists(few, max_size=6))
 row_lists = st.lists(st.builds(G.Row, st.sampled_from(["ask", "note"]), completions, st.floats(-2, 2), st.floats(0.01, 1)), min_size=1, max_size=6)
 
 
 def gradient(model, rows, reference=None, **options):
-    return G.step_gradient(model, rows, G.Config(**options), V, reference)
+    return G.step_gradient(model, rows, G.Config(**options), V, reference, fresh=False)
 
 
 def slow_loss(model, rows, config, reference=None):
@@ -173,17 +174,19 @@ def slow_loss(model, rows, config, reference=None):
 @settings(max_examples=20)
 @given(row_lists, st.sampled_from([1, 12, 10_000]), st.sampled_from([1.0, 0.6]), st.booleans())
 def test_the_gradient_equals_a_loop_over_the_sampled_tokens(rows, batch_tokens, temperature, kl):
-    """So prompts and padding carry none, first and last sampled tokens do, and micro-batches change nothing."""
+    """So prompts carry none, first and last sampled tokens do, and neither shared prefixes nor micro-batches change anything."""
     model, reference = make_model(vocab_size=V, std=0.15), make_model(1, vocab_size=V, std=0.15) if kl else None
     config = G.Config(temperature=temperature, batch_tokens=batch_tokens, beta=0.3 if kl else 0.0)
-    g, figures = G.step_gradient(model, rows, config, V, reference)
+    g, figures = G.step_gradient(model, rows, config, V, reference, fresh=False)
     loss = slow_loss(model, rows, config, reference)
     want = torch.autograd.grad(loss, list(model.parameters())) if isinstance(loss, torch.Tensor) else [torch.zeros_like(x) for x in g]
     for a, b in zip(g, want):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-3)
     assert figures["loss"] == pytest.approx(float(torch.as_tensor(loss).detach()), abs=1e-4)
-    assert figures["tokens_forwarded"] == sum(len(r.completion.prompt_ids) + len(r.completion.token_ids) - 1
-                                              for r in rows if r.completion.token_ids)
+    inputs = [(r.module, r.completion.prompt_ids + r.completion.token_ids[:-1]) for r in rows if r.completion.token_ids]
+    prefixes = {(module, *ids[:n]) for module, ids in inputs for n in range(1, len(ids) + 1)}
+    assert figures["tokens_unshared"] == sum(len(ids) for _, ids in inputs)
+    assert figures["tokens_forwarded"] == {1: figures["tokens_unshared"], 10_000: len(prefixes)}.get(batch_tokens, figures["tokens_forwarded"])
 
 
 def test_the_sampled_end_token_is_trained_whatever_the_padding_id():
@@ -210,7 +213,8 @@ def test_completions_of_no_and_of_one_token_train():
     g, figures = gradient(model, rows)
     assert all(torch.isfinite(x).all() for x in g) and figures["tokens_forwarded"] == 1
     g, figures = gradient(model, rows[:1])
-    assert not any(x.any() for x in g) and figures == {"loss": 0, "kl": 0, "clipped": 0, "tokens_forwarded": 0, "grad_share": {"m": 0.0}}
+    assert not any(x.any() for x in g) and figures == {
+        "loss": 0, "kl": 0, "clipped": 0, "tokens_forwarded": 0, "tokens_unshared": 0, "halved": 0, "grad_share": {"m": 0.0}}
     assert not any(x.any() for x in gradient(model, [])[0])
 
 
@@ -226,17 +230,30 @@ def test_prompts_of_later_calls_need_not_extend_earlier_ones():
     hook = model.register_forward_pre_hook(lambda m, args: seen.extend(map(tuple, args[0].tolist())))
     gradient(model, rows)
     hook.remove()
-    assert sorted(seen) == [(7, 8), (7, 8), (12, 8), (12, 8)]
+    assert sorted(seen) == [(7, 8), (12, 8)]                # one pass for the two runs
 
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 9)), max_size=20), st.integers(1, 100))
 def test_micro_batches_hold_every_row_once_within_the_budget(sizes, budget):
     rows = [G.Row("m", Completion([1] * p, [2] * c, [0.0] * c, "stop"), float(i), 1.0) for i, (p, c) in enumerate(sizes)]
-    batches = G.pack(rows, budget)
-    assert sorted(r.advantage for b in batches for r in b) == [r.advantage for r in rows if r.completion.token_ids]
-    for b in batches:
-        width = max(len(r.completion.prompt_ids) + len(r.completion.token_ids) - 1 for r in b)
-        assert len(b) == 1 or len(b) * width <= budget
+    trees = G.pack(rows, budget)
+    assert sorted(r.advantage for t in trees for r in t.rows) == [r.advantage for r in rows if r.completion.token_ids]
+    for t in trees:
+        assert len(t.rows) == 1 or len(t.ids) <= budget
+        assert len(t.at) == sum(len(r.completion.token_ids) for r in t.rows) and len(t.ids) == len(t.positions)
+
+
+@given(row_lists)
+def test_every_distinct_prefix_is_one_node_that_sees_its_own_tokens_in_order(rows):
+    for tree in G.pack(rows, 10_000):
+        seen, prefixes = tree.mask("cpu"), []
+        for node in range(len(tree.ids)):
+            own = sorted(seen[node].nonzero()[:, 0].tolist(), key=lambda i: tree.positions[i])
+            assert own[-1] == node and [tree.positions[i] for i in own] == list(range(len(own)))
+            prefixes.append(tuple(tree.ids[i] for i in own))
+        assert len(set(prefixes)) == len(prefixes)
+        for row, (_, path) in zip(tree.rows, tree.paths):
+            assert [tree.ids[i] for i in path] == row.completion.prompt_ids + row.completion.token_ids[:-1]
 
 
 def test_modules_share_the_gradient_norm():

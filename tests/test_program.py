@@ -4,6 +4,7 @@ import json
 import math
 import random
 import threading
+import time
 
 import pytest
 from conftest import ROOT
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 from strategies import ScriptedSampler
 
 from program import (ChainOfThought, Completion, Field, FormatError, InputError, LengthError, Module, Prediction, Program,
-                     ProgramError, Signature, ToolError, gather, parse, render, render_outputs, run_programs, show, statuses,
+                     ProgramError, Signature, ToolError, gather, parse, render, render_outputs, run_programs,
                      tool)
+from report import show, statuses
 
 # ---------------------------------------------------------------------------------------------- signatures, prompts
 
@@ -205,12 +207,12 @@ def test_a_reward_that_is_no_number_excludes_the_run_and_says_why(metric):
 
 
 class WithTool(Two):
-    def __init__(self, fn, retries=0):
+    def __init__(self, fn, **options):
         super().__init__()
-        self.fn, self.retries = fn, retries
+        self.fn, self.options = fn, options
     async def forward(self, x):
         y = (await self.first(x=x)).y
-        return Prediction(y=await tool(self.fn, y, retries=self.retries))
+        return Prediction(y=await tool(self.fn, y, **self.options))
 
 
 @pytest.mark.parametrize("retries, status", [(0, "tool_error"), (1, "tool_error"), (2, "completed")])
@@ -221,9 +223,29 @@ def test_a_tool_is_tried_again_and_then_excludes_the_run(retries, status):
         if len(tries) < 3:
             raise ConnectionError("no route")
         return y + "!"
-    t, = run(WithTool(flaky, retries))
+    t, = run(WithTool(flaky, retries=retries))
     assert t.status == status and len(tries) == retries + 1
     assert t.prediction == {"y": "ok!"} if status == "completed" else "no route" in t.error
+
+
+def test_a_tool_that_hangs_excludes_the_run_and_does_not_hold_up_the_others():
+    never = threading.Event()
+    hangs = lambda y: never.wait() if y == "hang" else y
+    began = time.monotonic()
+    ts = run(WithTool(hangs, timeout=0.2), reply=lambda messages, key: "<y>hang</y>" if key[3] == 1 else "<y>ok</y>", rollouts=3)
+    assert [t.status for t in ts] == ["completed", "tool_error", "completed"] and time.monotonic() - began < 10
+    assert "TimeoutError: no answer in 0.2 s" in ts[1].error and len(ts[1].calls) == 1
+    never.set()
+
+
+def test_a_program_that_calls_tools_without_end_ends_in_max_calls():
+    class Loop(Two):
+        async def forward(self, x):
+            await self.first(x=x)
+            while True:
+                await tool(len, x)
+    t, = run(Loop(), max_calls=3)
+    assert t.status == "max_calls" and t.reward == 0.0 and len(t.calls) == 1
 
 
 def test_tools_run_beside_each_other_and_beside_decoding():

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 import cli
 import mmgrpo as G
 import model as M
-from program import Module, Prediction, Program, ProgramError, Task, tool
+from program import InputError, Module, Prediction, Program, ProgramError, Task, tool
+from report import ParityError
 
 
 class Pair(Program):
@@ -52,8 +53,8 @@ def test_a_step_moves_the_weights_and_reports_itself(model, tokenizer):
     before = [p.clone() for p in model.parameters()]
     m = one_step(model, tokenizer)
     assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
-    assert set(m) == {"step", "reward", "reward_std", "statuses", "surprise", "calls", "modules", "loss", "kl", "clipped",
-                      "tokens_forwarded", "grad_norm", "lr", "seconds"}
+    assert set(m) == {"step", "reward", "reward_std", "statuses", "surprise", "calls", "modules", "loss", "kl", "clipped", "halved",
+                      "tokens_forwarded", "tokens_unshared", "grad_norm", "lr", "seconds", "parity", "digest"}
     assert set(m["modules"]["second"]) == {"calls", "tokens", "survival", "zero_variance", "advantage_scale", "grad_share"}
     assert m["statuses"]["completed"] == 12 and m["calls"]["made"] == 36 and m["modules"]["second"]["survival"] == [1, 1]
     assert set(m["seconds"]) == {"sampling", "tools", "update"} and json.dumps(m)
@@ -73,7 +74,7 @@ def test_made_calls_are_trained_or_of_zero_advantage_or_excluded(model, tokenize
 def test_interrupted_runs_train_on_exactly_the_surviving_calls(model, tokenizer, monkeypatch):
     seen = {}
     original = G.step_gradient
-    monkeypatch.setattr(G, "step_gradient", lambda model, rows, *rest: (seen.update(rows=rows), original(model, rows, *rest))[1])
+    monkeypatch.setattr(G, "step_gradient", lambda model, rows, *a, **o: (seen.update(rows=rows), original(model, rows, *a, **o))[1])
     play = G.play
     def watched(*args, **options):
         seen["trajectories"], seconds = play(*args, **options)
@@ -192,6 +193,7 @@ def run(tmp_path, tokenizer, capsys):
         code = cli.main([command, "--task", str(tmp_path / "echo.py"), "--model", str(tmp_path / "model"), "--examples", "2",
                        "--rollouts", "2", *(["--out", str(tmp_path / "run")] if command == "train" else []), *flags])
         return code, *capsys.readouterr(), tmp_path / "run"
+    run.capture = capsys.readouterr
     return run
 
 
@@ -217,7 +219,7 @@ def test_a_run_is_never_written_over(run):
     run("train", "--steps", "0")
     before = (folder := run("eval")[3]) and (folder / "metrics.jsonl").read_text()
     code, _, error, _ = run("train", "--steps", "0")
-    assert code == 2 and "holds a run already" in error and (folder / "metrics.jsonl").read_text() == before
+    assert code == 2 and "holds a run already, finished at step 0" in error and (folder / "metrics.jsonl").read_text() == before
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(run, tmp_path):
@@ -289,3 +291,151 @@ def test_the_shipped_lm_learns_in_a_few_steps(tiny, tokenizer):
     optimizer = torch.optim.AdamW(masters, weight_decay=0.0)
     rewards = [G.train_step(model, tokenizer, optimizer, None, task, config, step)["reward"] for step in range(6)]
     assert np.mean(rewards[-2:]) > np.mean(rewards[:2]) + 0.1
+
+
+# ------------------------------------------------------------------------------------------------- going on, and parity
+
+def options_of(tmp_path, **changes):
+    return dataclasses.replace(CONFIG, steps=4, eval_every=2, **changes)
+
+
+def trained(tokenizer, out, config, stop_after=None):
+    """Train a small model into `out` -> its weights; interrupted after some steps if asked to be."""
+    out.mkdir(exist_ok=True)
+    model, steps = make_model(vocab_size=tokenizer.size), []
+    G.train(TASK_OF_FACTS, model, tokenizer, config, out, stop=lambda: steps.append(1) or len(steps) == stop_after)
+    return model.state_dict()
+
+
+TASK_OF_FACTS = dataclasses.replace(TASK, metric=lambda example, prediction: random.Random(example["x"]).random())
+
+
+def equal(a, b):
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture
+def noisy(monkeypatch):
+    """Rewards that differ between runs, as a function of what was sampled."""
+    original = G.run_programs
+    def noisy(*args, **options):
+        return [dataclasses.replace(t, reward=sum(i for c in t.calls for i in c.completion.token_ids) % 7 / 7) for t in original(*args, **options)]
+    monkeypatch.setattr(G, "run_programs", noisy)
+
+
+@pytest.mark.parametrize("options", [{}, {"beta": 0.1, "inner_epochs": 2}, {"dtype": "bfloat16"}])
+def test_an_interrupted_run_goes_on_to_the_same_weights_bit_for_bit(tmp_path, tokenizer, noisy, options):
+    config = options_of(tmp_path, **options)
+    whole = trained(tokenizer, tmp_path / "whole", config)
+    start = make_model(vocab_size=tokenizer.size).state_dict()
+    half = trained(tokenizer, tmp_path / "half", config, stop_after=1)
+    assert not equal(half, whole) and not equal(half, start)
+    assert equal(trained(tokenizer, tmp_path / "half", config), whole)
+    lines = [[{k: v for k, v in json.loads(line).items() if k not in ("seconds", "dev")} for line in (tmp_path / name / "metrics.jsonl").open()]
+             for name in ("whole", "half")]
+    assert lines[0] == lines[1] and len(list((tmp_path / "half").glob("state-*"))) == 2
+
+
+@pytest.mark.parametrize("damage", [lambda p: p.write_bytes(p.read_bytes()[:-9]), lambda p: p.unlink(), lambda p: p.write_bytes(b""),
+                                    lambda p: p.write_bytes(p.read_bytes()[:-1] + b"x")])
+@pytest.mark.parametrize("file", ["state.safetensors", "state.json"])
+def test_a_damaged_state_is_told_and_the_one_before_is_used(tmp_path, tokenizer, noisy, capsys, damage, file):
+    config = options_of(tmp_path)
+    whole = trained(tokenizer, tmp_path / "run", config)
+    damage(sorted((tmp_path / "run").glob("state-*"))[-1] / file)
+    assert equal(trained(tokenizer, tmp_path / "run", config), whole) and "state-0000004: cannot be used" in capsys.readouterr().err
+
+
+def test_a_run_of_other_options_or_of_another_model_is_refused_and_left_alone(tmp_path, tokenizer, noisy):
+    trained(tokenizer, tmp_path / "run", options_of(tmp_path), stop_after=1)
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    with pytest.raises(InputError, match="was begun with --lr 0.0005, not 0.1"):
+        trained(tokenizer, tmp_path / "run", options_of(tmp_path, lr=0.1))
+    with pytest.raises(InputError, match="none of its states can be used"):
+        G.train(TASK_OF_FACTS, make_model(vocab_size=tokenizer.size, hidden_size=16), tokenizer, options_of(tmp_path), tmp_path / "run")
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+
+
+def test_a_full_disk_leaves_the_older_states(tmp_path, tokenizer, noisy, monkeypatch):
+    trained(tokenizer, tmp_path / "run", options_of(tmp_path), stop_after=2)
+    kept = sorted((tmp_path / "run").glob("state-*"))
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("checkpoint.safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        trained(tokenizer, tmp_path / "run", options_of(tmp_path))
+    assert sorted((tmp_path / "run").glob("state-*")) == kept
+
+
+def test_every_step_of_a_finished_run_can_be_replayed(run):
+    _, _, _, folder = run("train", "--steps", "3", "--eval-every", "2")
+    for step in (1, 2, 3):
+        code, out, _, _ = (cli.main(["replay", str(folder), str(step)]), *run.capture(), folder)
+        assert code == 0 and "4 runs, 4 calls: token for token those of the run" in out and "1. say [0]" in out
+    assert cli.main(["replay", str(folder), "4"]) == 2 and "has steps 1 to 3" in run.capture()[1]
+
+
+@pytest.mark.parametrize("fault", ["position", "temperature", "stale", "nan"])
+def test_a_fault_in_sampler_or_trainer_trips_the_parity_gate(model, tokenizer, monkeypatch, noisy, fault):
+    if fault == "position":
+        forward = M.Transformer.forward
+        shifted = lambda positions: None if positions is None else positions + (positions.shape[1] == 1)        # when decoding
+        monkeypatch.setattr(M.Transformer, "forward", lambda self, ids, positions=None, *a, **k: forward(self, ids, shifted(positions), *a, **k))
+    if fault == "temperature":
+        monkeypatch.setattr(G, "token_logprobs", lambda h, w, y, t: G._TokenLogprobs.apply(h, w, y, 1.0))
+    if fault == "stale":
+        monkeypatch.setattr(M.KVCache, "prefill", lambda self, slots, rows: M.attention)        # the slots keep what they had
+    if fault == "nan":
+        original = G.token_logprobs
+        monkeypatch.setattr(G, "token_logprobs", lambda *a: original(*a) * math.nan)
+    with pytest.raises(ParityError, match=r"example \d, rollout \d, (first|second)\[\d\]: token \d+ \(id \d+\): log-prob .* when sampled"):
+        one_step(model, tokenizer, dataclasses.replace(CONFIG, temperature=0.7, max_tokens=16, slots=4))
+
+
+# ---------------------------------------------------------------------------------------------------------------- faults
+
+def test_a_micro_batch_that_does_not_fit_is_halved_and_changes_nothing(model, tokenizer, monkeypatch, noisy):
+    forward, room, widths, refused = M.Transformer.forward, [10**6], [], []
+    def small(self, ids, *args, **options):
+        if torch.is_grad_enabled():
+            widths.append(ids.shape[1])
+            if ids.shape[1] > room[0]:
+                refused.append(ids.shape)
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 EiB")
+        return forward(self, ids, *args, **options)
+    monkeypatch.setattr(M.Transformer, "forward", small)
+    whole = one_step(make_model(vocab_size=tokenizer.size), tokenizer, dataclasses.replace(CONFIG, batch_tokens=10**6))
+    room[0] = max(widths) - 1
+    m = one_step(make_model(vocab_size=tokenizer.size), tokenizer, dataclasses.replace(CONFIG, batch_tokens=10**6))
+    assert m["halved"] == len(refused) > 0 and m["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
+
+
+def test_a_row_that_does_not_fit_alone_is_an_error(model, tokenizer, monkeypatch, noisy):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(G, "token_logprobs", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        one_step(model, tokenizer)
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing_and_is_told(model, tokenizer, monkeypatch, noisy):
+    before = [p.clone() for p in model.parameters()]
+    monkeypatch.setattr(G, "policy_loss", lambda new, *rest: (new * math.inf).sum())
+    m = one_step(model, tokenizer)
+    assert m["skipped"] is True and all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
+def test_ctrl_c_saves_the_state_and_the_same_command_goes_on(run, monkeypatch):
+    import os
+    import signal
+    original = G.train_step
+    def interrupted(*args):
+        if args[-1] == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*args)
+    monkeypatch.setattr(G, "train_step", interrupted)
+    code, out, error, folder = run("train", "--steps", "3")
+    assert code == 0 and "stopped; the same command with OUT=" in out and "Ctrl-C again" in error
+    assert [p.name for p in folder.glob("state-*")] == ["state-0000000", "state-0000001"] or len(list(folder.glob("state-*"))) == 2
+    code, out, error, _ = run("train", "--steps", "3")
+    assert code == 0 and "(3 steps, " in out and "going on from step 1" in error

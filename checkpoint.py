@@ -1,0 +1,113 @@
+"""A training run on disk: its state is saved so that a run that was killed goes on to the same weights, bit for bit.
+
+A state is everything that the next step depends on: the fp32 weights, AdamW's moments, the step, the dev scores so far and
+the options. Randomness and data order need nothing saved: they are functions of the seed and the step. It is written to a
+temporary folder, flushed to the disk and renamed, so that a folder with its name is whole; the last two are kept.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+
+from program import InputError
+
+FREE = ("out", "resume", "steps", "split", "index")         # options that may differ when a run goes on
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_state(out: Path, step: int, optimizer: torch.optim.Optimizer, scores: list[float], options: dict) -> None:
+    """Write OUT/state-STEP and remove all but the last two. Raises OSError (a full disk) with the older ones untouched."""
+    masters = optimizer.param_groups[0]["params"]
+    tensors = {f"{i}.weight": p.detach() for i, p in enumerate(masters)}
+    for i, p in enumerate(masters):
+        tensors |= {f"{i}.{name}": value for name, value in optimizer.state.get(p, {}).items()}
+    folder, temporary = out / f"state-{step:07d}", out / ".state"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    safetensors.torch.save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, temporary / "state.safetensors")
+    digest = _digest(temporary / "state.safetensors")
+    metrics = out / "metrics.jsonl"
+    (temporary / "state.json").write_text(json.dumps({
+        "step": step, "scores": scores, "metrics_bytes": metrics.stat().st_size, "digest": digest, "config": options}, indent=1))
+    for path in (temporary / "state.safetensors", temporary / "state.json", metrics, temporary):
+        _flush(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+    _flush(out)
+    for old in states(out)[:-2]:
+        shutil.rmtree(old)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
+
+
+def states(out: Path) -> list[Path]:
+    """The saved states of a run, oldest first."""
+    return sorted(out.glob("state-*"))
+
+
+def read_state(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """Put a state into the model and its optimizer; return its step, scores and options.
+
+    Raises ValueError, and changes nothing, where the files are not as they were written or are of another model."""
+    masters = optimizer.param_groups[0]["params"]
+    try:
+        state, path = json.loads((folder / "state.json").read_text()), folder / "state.safetensors"
+        if state["digest"] != _digest(path):
+            raise ValueError(f"{path.name} is not as it was written")
+        tensors = safetensors.torch.load_file(path)
+        shapes = {i: tuple(t.shape) for i, t in ((n.removesuffix(".weight"), t) for n, t in tensors.items()) if "." not in i}
+        if shapes != {str(i): tuple(p.shape) for i, p in enumerate(masters)}:
+            raise ValueError("it is the state of another model")
+    except (OSError, LookupError, TypeError, safetensors.SafetensorError) as e:
+        raise ValueError(f"{type(e).__name__}: {e}") from None
+    optimizer.state.clear()
+    with torch.no_grad():
+        for name, value in tensors.items():
+            i, key = name.split(".")
+            p = masters[int(i)]
+            if key == "weight":
+                p.copy_(value)
+            else:
+                optimizer.state[p][key] = value if key == "step" else value.to(p.device)
+        torch._foreach_copy_(list(model.parameters()), masters)
+    return state
+
+
+def load_state(out: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, options: dict) -> tuple[int, list[float]]:
+    """Go back to the newest state of the run that can be read -> (step, dev scores); (0, []) where there is none.
+
+    metrics.jsonl is cut back to that step. Raises InputError where the run was begun with other options."""
+    for folder in reversed(states(out)):
+        try:
+            state = read_state(folder, model, optimizer)
+        except ValueError as e:
+            print(f"{folder}: cannot be used ({e}); trying the one before", file=sys.stderr)
+            continue
+        for key, value in state["config"].items():
+            if key not in FREE and options.get(key) != value:
+                raise InputError(f"{out}: was begun with --{key.replace('_', '-')} {value}, not {options.get(key)}; give the same "
+                                 "options, or another --out")
+        os.truncate(out / "metrics.jsonl", state["metrics_bytes"])
+        print(f"{out}: going on from step {state['step']}", file=sys.stderr)
+        return state["step"], state["scores"]
+    if states(out):
+        raise InputError(f"{out}: none of its states can be used")
+    return 0, []
