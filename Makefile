@@ -3,7 +3,7 @@ TASK ?= hover
 PY := .venv/bin/python
 option = $(if $($(1)),--$(2) $($(1)))
 
-.PHONY: train eval show pretrain test mutants conformance oracle resume-check clean
+.PHONY: train eval show pretrain test mutants conformance oracle resume-check fuzz clean
 
 # Train the task's program with mmGRPO; everything the run leaves is in runs/TASK.
 train: .venv/ready
@@ -36,6 +36,10 @@ oracle: .venv/ready
 # Kill a run 50 times at random moments; it must end with the weights of one left in peace, bit for bit.
 resume-check: .venv/ready
 	$(PY) tests/resume_check.py $(KILLS)
+
+# A thousand damaged files: each is read, or refused by name.
+fuzz: .venv/ready
+	FUZZ=1000 $(PY) -m pytest tests/test_fuzz.py
 
 # The virtual environment, made anew when the dependencies change.
 .venv/ready: pyproject.toml

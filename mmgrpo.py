@@ -143,8 +143,7 @@ class Sampler:
         self.device, self.context = model.head.device, model.config.max_positions
         self.waiting: deque[tuple[int, list[int], np.ndarray]] = deque()    # ticket, prompt, uniform numbers
         self.live: list[tuple[int, list[int]]] = []                         # slot -> ticket, prompt
-        self.done: list[tuple[int, Completion]] = []
-        self.tickets, self.seconds = 0, 0.0
+        self.done, self.tickets, self.seconds = [], 0, 0.0
         self.cache = KVCache(model.config, slots, 0, self.device, model.head.dtype)
         new = lambda dtype, *shape: torch.zeros(slots, *shape, dtype=dtype, device=self.device)
         self.tokens, self.logprobs = new(torch.long, max_tokens), new(torch.float, max_tokens)

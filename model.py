@@ -105,10 +105,9 @@ class ModelConfig:
             qkv_bias=bias or qwen2, o_bias=bias and not qwen2, mlp_bias=llama and get("mlp_bias", bool, False), qk_norm=qwen3,
             rope_theta=get("rope_theta", float, get("rope_theta", float, 1e4), source=rope),
             rope_llama3=tuple(get(k, float, low=1e-6, source=rope) for k in llama3) if scaling == "llama3" else None, raw=raw)
-        if config.heads % config.kv_heads:
-            raise CheckpointError(f"{where}: num_key_value_heads {config.kv_heads} does not divide {config.heads} heads")
-        if config.head_dim % 2:
-            raise CheckpointError(f"{where}: head_dim {config.head_dim} is odd, and RoPE rotates pairs")
+        if config.heads % config.kv_heads or config.head_dim % 2:
+            raise CheckpointError(f"{where}: num_attention_heads {config.heads} must be a multiple of num_key_value_heads "
+                                  f"{config.kv_heads}, and head_dim {config.head_dim} even")
         return config
 
 
@@ -365,13 +364,15 @@ def load_pretrained(path: str | Path, device: str = "cpu", dtype: torch.dtype = 
     config = ModelConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
     if config.vocab_size < tokenizer.size:
         raise CheckpointError(f"{folder}: vocab_size {config.vocab_size} is smaller than the tokenizer's {tokenizer.size}")
-    with torch.device("meta"):
-        model = Transformer(config)
     found = {n: t for n, t in read_tensors(folder).items() if not n.endswith("rotary_emb.inv_freq")}   # old exports
     if config.tied and "lm_head.weight" in found:              # some exporters write the tied head twice
         if not torch.equal(found.pop("lm_head.weight"), found.get("model.embed_tokens.weight", torch.empty(0))):
             raise CheckpointError(f"{folder}: lm_head.weight differs from model.embed_tokens.weight, yet "
                                   "tie_word_embeddings is true")
+    if f"model.layers.{config.layers - 1}.input_layernorm.weight" not in found:        # before so many layers are built
+        raise CheckpointError(f"{folder}: there is no layer {config.layers - 1} in its files")
+    with torch.device("meta"):
+        model = Transformer(config)
     wanted = {_disk_name(n): p for n, p in model.state_dict().items()}
     for name in sorted(wanted.keys() ^ found.keys()):
         raise CheckpointError(f"{folder}: tensor {name} is {'missing' if name in wanted else 'not part of this model'}")

@@ -116,4 +116,4 @@ def _load_real(folder: Path) -> Task:
     rows = read_rows(folder / "train.csv", {"text": text, "category": lambda label: label in labels})
     examples = [{"text": row["text"].strip(), "intent": row["category"]} for row in rows]
     random.Random("banking77").shuffle(examples)
-    return Task(Classify(tuple(labels)), exact_match, *splits(examples, 250, 500, 500), {"max_tokens": 48, "max_calls": 1})
+    return Task(Classify(tuple(labels)), exact_match, *splits(folder, examples, 250, 500, 500), {"max_tokens": 48, "max_calls": 1})

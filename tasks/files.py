@@ -54,10 +54,10 @@ def text(value) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def splits(examples: list[dict], train: int, dev: int, test: int) -> tuple[list[dict], list[dict], list[dict]]:
+def splits(folder: Path, examples: list[dict], train: int, dev: int, test: int) -> tuple[list[dict], list[dict], list[dict]]:
     """Disjoint splits of at most these sizes, smaller in proportion where there are fewer examples."""
     share = min(1.0, len(examples) / (train + dev + test))
     a, b, c = (max(1, int(n * share)) for n in (train, dev, test))
     if len(examples) < a + b + c:
-        raise InputError(f"{len(examples)} examples are too few for three splits")
+        raise InputError(f"{folder}: {len(examples)} examples are too few for three splits")
     return examples[:a], examples[a:a + b], examples[a + b:a + b + c]

@@ -232,4 +232,4 @@ def _load_real(folder: Path) -> Task:
     if len(known) < 4:
         raise InputError(f"{folder}: corpus.jsonl holds the articles of only {len(known)} of {len(claims)} claims")
     random.Random("hover").shuffle(known)
-    return Task(ResearchHop(Search(articles)), recall, *splits(known, 500, 250, 250), {"max_tokens": 96, "max_calls": 6})
+    return Task(ResearchHop(Search(articles)), recall, *splits(folder, known, 500, 250, 250), {"max_tokens": 96, "max_calls": 6})

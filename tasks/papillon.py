@@ -139,5 +139,5 @@ def _load_real(folder: Path) -> Task:
     examples = [{"user_query": row["user_query"], "target": row["target_response"],
                  "pii": [unit for unit in row["pii_units"].split("||") if unit]} for row in rows]
     random.Random("papillon").shuffle(examples)
-    return Task(Papillon(lambda request: request), Reward(quality_of_words), *splits(examples, 111, 221, 221),
+    return Task(Papillon(lambda request: request), Reward(quality_of_words), *splits(folder, examples, 111, 221, 221),
                 {"max_tokens": 128, "max_calls": 2})

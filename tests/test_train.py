@@ -4,7 +4,6 @@ import json
 import math
 import random
 import textwrap
-from collections import Counter
 
 import numpy as np
 import pytest
