@@ -3,7 +3,7 @@ TASK ?= hover
 PY := .venv/bin/python
 option = $(if $($(1)),--$(2) $($(1)))
 
-.PHONY: train eval show pretrain test mutants conformance oracle resume-check fuzz clean
+.PHONY: train eval show pretrain test mutants conformance oracle resume-check fuzz test-peers clean
 
 # Train the task's program with mmGRPO; everything the run leaves is in runs/TASK.
 train: .venv/ready
@@ -20,6 +20,10 @@ pretrain: .venv/ready
 
 test: .venv/ready
 	$(PY) -m pytest $(ARGS)
+
+# The same against transformers, DSPy and TRL themselves, in an environment of their own.
+test-peers: .venv-peers/ready
+	.venv-peers/bin/python -m pytest --override-ini addopts=-q tests/peers $(ARGS)
 
 # Break the line that guards each law, one at a time; every one must turn a test red (about 10 minutes).
 mutants: .venv/ready
@@ -47,5 +51,10 @@ fuzz: .venv/ready
 	$(PY) -m pip install --quiet --disable-pip-version-check --editable ".[test]"
 	touch $@
 
+.venv-peers/ready: pyproject.toml
+	python3 -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[test,peers]"
+	touch $@
+
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-peers build *.egg-info

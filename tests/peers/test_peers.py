@@ -1,0 +1,173 @@
+"""Against the libraries themselves: `make test-peers`. transformers for the model, DSPy for prompts and groups, TRL for the loss."""
+import json
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "peers")]
+import dspy  # noqa: E402
+import dspy_grouping  # noqa: E402
+import reference  # noqa: E402
+import transformers  # noqa: E402
+import trl_loss  # noqa: E402
+from dspy.adapters.xml_adapter import XMLAdapter  # noqa: E402
+
+import model as M  # noqa: E402
+import program as P  # noqa: E402
+
+# ---------------------------------------------------------------------------------------------------- transformers
+
+SHAPE = dict(vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             max_position_embeddings=32768)
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}
+FAMILIES = {
+    "qwen3": lambda: transformers.Qwen3Config(**SHAPE, head_dim=32, tie_word_embeddings=True),
+    "qwen2.5 tied": lambda: transformers.Qwen2Config(**SHAPE, tie_word_embeddings=True),
+    "qwen2.5 untied": lambda: transformers.Qwen2Config(**SHAPE, tie_word_embeddings=False),
+    "llama 3.1": lambda: transformers.LlamaConfig(**SHAPE, tie_word_embeddings=False, rope_parameters=LLAMA3),
+    "llama 3.2": lambda: transformers.LlamaConfig(**SHAPE, tie_word_embeddings=True, rope_parameters=LLAMA3),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_transformers_near_and_far(family, tmp_path):
+    torch.manual_seed(0)
+    theirs = transformers.AutoModelForCausalLM.from_config(FAMILIES[family]()).eval()
+    for name, p in theirs.named_parameters():
+        torch.nn.init.normal_(p, 1.0 if p.dim() == 1 and "norm" in name else 0.0, 0.1)
+    theirs.save_pretrained(tmp_path)
+    ours = M.Transformer(M.ModelConfig.from_hf(M.read_json(tmp_path / "config.json")))
+    tensors = M.read_tensors(tmp_path)
+    ours.load_state_dict({n: tensors[M._disk_name(n)] for n in ours.state_dict()})
+    with torch.no_grad():
+        for ids in (torch.randint(0, 300, (2, 50)), torch.randint(0, 300, (1, 16400))):
+            a, b = theirs(ids).logits[:, -50:], ours.logits(ours(ids)[:, -50:])
+            torch.testing.assert_close(b, a, atol=1e-4, rtol=0)
+
+
+def test_what_we_save_transformers_loads_with_equal_logits(tmp_path):
+    model, tokenizer = M.load_pretrained(ROOT / "tasks" / "tiny")
+    M.save_pretrained(model, tokenizer, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    messages = [{"role": "system", "content": "Name it."}, {"role": "user", "content": "my card is wrong"}]
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = their_tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    ids = ids if isinstance(ids, list) else ids["input_ids"]
+    assert tokenizer.encode_chat(messages) == list(ids)
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(model(torch.tensor([ids]))), theirs(torch.tensor([ids])).logits, atol=1e-4, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------------------------- DSPy
+
+PIECES = ["a", "b<c>", "&", "\n", " ", "é", "«", "»", "<x>", "</answer>", "word", "'", '"', "\\", "  indented", "1"]
+TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list[str]": list[str], "Literal": None}
+
+
+def random_case(rng: random.Random):
+    """(DSPy's signature, ours, inputs, demos)"""
+    text = lambda: "".join(rng.choice(PIECES) for _ in range(rng.randrange(8)))
+    names = [f"f{i}" for i in range(rng.randrange(2, 7))]
+    cut, kinds = rng.randrange(1, len(names)), {n: rng.choice(list(TYPES)) for n in names}
+    labels = {n: tuple(rng.sample(["a", "b's", 'c"d', "e'f\"g", "x y", "\\q"], 2)) for n in names if kinds[n] == "Literal"}
+    described = {n: rng.choice(["", "some desc", " x "]) for n in names}
+    instruction = rng.choice(["", "Do it.", "Line one.\n  line two\n\n    three\n", "  lead"])
+    annotation = lambda n: Literal[labels[n]] if kinds[n] == "Literal" else TYPES[kinds[n]]
+    fields = {n: (annotation(n), (dspy.InputField if i < cut else dspy.OutputField)(**({"desc": described[n]} if described[n] else {})))
+              for i, n in enumerate(names)}
+    kind = lambda n: {"str": "", "Literal": f": Literal[{', '.join(map(repr, labels.get(n, ())))}]"}.get(kinds[n], f": {kinds[n]}")
+    sides = [", ".join(n + kind(n) for n in side) for side in (names[:cut], names[cut:])]
+    ours = P.Signature(" -> ".join(sides), instruction, {n: d for n, d in described.items() if d})
+    value = lambda n: {"str": lambda: rng.choice([text(), [text() for _ in range(rng.randrange(4))], 5, True]),
+                       "int": lambda: rng.randrange(99), "float": rng.random, "bool": lambda: rng.random() < 0.5,
+                       "list[str]": lambda: [text() for _ in range(rng.randrange(4))], "Literal": lambda: rng.choice(labels[n])}[kinds[n]]()
+    demos = [{n: value(n) for n in names if rng.random() < 0.85} for _ in range(rng.randrange(3))]
+    return dspy.Signature(fields, instruction) if instruction else dspy.Signature(fields), ours, {n: value(n) for n in names[:cut]}, demos
+
+
+def test_prompts_are_byte_for_byte_those_of_dspys_xml_adapter():
+    rng, adapter = random.Random(1), XMLAdapter()
+    for _ in range(500):
+        theirs, ours, inputs, demos = random_case(rng)
+        assert P.render(ours, inputs, None, demos) == adapter.format(theirs, demos, inputs)
+
+
+def dspys_groups(name: str, mode: str) -> str | set:
+    """What DSPy makes of a scenario: its groups, or what it raises."""
+    try:
+        groups = dspy_grouping.group(reference.SCENARIOS[name], mode)
+    except Exception as e:
+        return type(e).__name__
+    return {(g["example"], g["module"], g["invocation"], frozenset(Counter(m["rollout"] for m in g["members"]).items())) for g in groups}
+
+
+def our_groups(name: str, short_groups: str) -> set:
+    wanted = reference.expected(reference.SCENARIOS[name], {"short_groups": short_groups})["groups"]
+    return {(g["example"], g["module"], g["invocation"], frozenset(Counter(m["rollout"] for m in g["members"]).items())) for g in wanted}
+
+
+def dspy_table() -> list[tuple[str, str, str]]:
+    """(scenario, mode, how DSPy's groups compare with the rules of this project)"""
+    rows = []
+    for name in reference.SCENARIOS:
+        for mode, ours in (("ragged", "keep"), ("truncate", "truncate"), ("fill", "fill")):
+            theirs, wanted = dspys_groups(name, mode), our_groups(name, ours)
+            if isinstance(theirs, str):
+                verdict = f"raises {theirs}"
+            elif theirs == wanted:
+                verdict = "equal"
+            else:
+                lost, other = {g[:3] for g in wanted} - {g[:3] for g in theirs}, {g[:3] for g in wanted} & {g[:3] for g in theirs}
+                changed = [k for k in other if {g for g in theirs if g[:3] == k} != {g for g in wanted if g[:3] == k}]
+                verdict = "; ".join([f"{len(lost)} of {len(wanted)} groups lost"] * bool(lost)
+                                    + [f"{len(changed)} groups with other members"] * bool(changed)) or "more groups"
+            rows.append((name, mode, verdict))
+    return rows
+
+
+def test_dspy_groups_as_we_do_where_runs_are_alike_and_fails_where_they_differ():
+    table = {(name, mode): verdict for name, mode, verdict in dspy_table()}
+    assert all(table[name, mode] == "equal" for name in ("complete", "plain-grpo") for mode in ("ragged", "truncate", "fill"))
+    assert table["ragged", "ragged"] == "raises IndexError"
+    assert all("2 of 3 groups lost" == table["a-module-that-some-never-reach", mode] for mode in ("ragged", "fill"))
+
+
+# -------------------------------------------------------------------------------------------------------------- TRL
+
+def rows_of(vector: dict) -> list[dict]:
+    calls = {(t["example"], t["rollout"]): t["calls"] for t in vector["trajectories"]}
+    return [calls[g["example"], m["rollout"]][m["call"]] | {"advantage": m["advantage"], "weight": m["weight"]}
+            for g in vector["expected"]["groups"] for m in g["members"]]
+
+
+@pytest.mark.parametrize("name", [n for n, v in reference.vectors().items() if v["options"].get("level") != "trajectory"])
+def test_the_loss_is_trls_where_groups_are_full_and_differs_by_the_weight_of_short_groups_elsewhere(name):
+    """TRL's `grpo` is the mean over completions, ours over groups and then members: equal where groups have one size. Its `dapo`
+    is our `token`. Its `dr_grpo` divides by completions x constant, ours by runs x constant: what a factor tells."""
+    vector = json.loads((reference.FOLDER / name).read_text())
+    options, rows = reference.DEFAULTS | vector["options"], rows_of(vector)
+    if not rows:
+        return
+    theirs = trl_loss.loss(rows, *(options[k] for k in ("normalize", "constant", "clip_low", "clip_high", "beta")))
+    sizes = {len(g["members"]) for g in vector["expected"]["groups"]}
+    runs = sum(map(reference.votes, vector["trajectories"]))
+    if options["normalize"] == "token" or options["normalize"] == "sequence" and len(sizes) == 1:
+        assert theirs == pytest.approx(vector["expected"]["loss"], abs=1e-9)
+    elif options["normalize"] == "constant":
+        assert theirs * len(rows) / runs == pytest.approx(vector["expected"]["loss"], abs=1e-9)
+    else:
+        mean = lambda r: sum(r["weight"] for _ in r["logprobs"])            # what the row weighs in our loss; in TRL's, 1 / rows
+        assert any(abs(mean(r) - 1 / len(rows)) > 1e-9 for r in rows)
+
+
+if __name__ == "__main__":
+    print("| runs | DSPy's mode | its groups |\n|---|---|---|")
+    for row in dspy_table():
+        print("| " + " | ".join(row) + " |")
