@@ -9,9 +9,9 @@ follow the clipped policy gradient of the sampled tokens.
     python mmgrpo.py show --task hover             # one run on one example, as a readable trace
     python mmgrpo.py group trajectories.json       # the groups and advantages of trajectories made elsewhere
 
-Map, in the order the data flows: Config; Sampler; group_calls, advantages; token_logprobs, policy_loss; pack, step_gradient;
-evaluate, train. Programs and trajectories are in program.py, the transformer in model.py, the command line in cli.py. Left
-out on purpose: other policy-gradient methods, reward models, more than one machine.
+Map, in the order the data flows: Config; Sampler; group_calls, advantages, weigh; token_logprobs, policy_loss; pack,
+step_gradient; train. Programs and trajectories are in program.py, the transformer in model.py, the command line in cli.py.
+Left out on purpose: other policy-gradient methods, reward models, LoRA, more than one machine.
 Letters: N loss-bearing tokens, S slots, T nodes of a tree; the others as in model.py."""
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ class Config:
     slots: int = 64                 # sequences that decode together
     failure_score: float = 0.0      # score of a run that did not complete
     format_failure_score: float = -1.0      # reward of a run whose completion had no readable field
-    interrupt: float = 0.0          # share of training runs cut short at a random call, to see what that does
+    interrupt: float = 0.0          # share of training runs given a random limit below max_calls, to see what that does
     top_k: int = 0                  # evaluation only: sample among the k most likely tokens (0: all)
     top_p: float = 1.0              # evaluation only: sample among the most likely tokens of this total probability
     # groups and advantages
     level: str = "call"             # call: groups of (example, module, invocation); trajectory: one group an example
-    short_groups: str = "keep"      # where runs differ in length: keep, truncate or fill (DSPy's PadGroups)
+    short_groups: str = "keep"      # calls that not every run of an example reached: keep, truncate or fill (PadGroups)
     group_size: int = 0             # keep this many members a group, evenly spaced by reward (0: all)
     baseline: str = "group"         # mean reward of the group, or of the example's runs
     leave_one_out: bool = False     # leave a member's own reward out of its baseline
@@ -131,7 +131,6 @@ def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_k: in
 
 class Sampler:
     """Continuous batching over S slots of a KV cache: waiting -> live -> done.
-
     Live sequences are in slots 0..n-1. Each `advance` refills free slots from the waiting prompts (one prefill for equal
     ones), then decodes a token for every live one; the last moves into a finished one's slot. Token t of a request is drawn
     with the t-th number of a Philox stream seeded by the request's key, so its batch-mates do not matter. Nothing is cached
@@ -187,8 +186,8 @@ class Sampler:
             self.uniforms[slot, :len(uniforms)] = torch.from_numpy(uniforms)
             self.count[slot], self.limit[slot] = 0, len(uniforms)
         prompts = sorted(same, key=len)
-        old, size = self.cache, -(-(len(prompts[-1]) + self.max_tokens) // 64) * 64
-        if old.kv.shape[4] < size:                                          # longer sequences than ever: a larger cache
+        size = -(-(len(prompts[-1]) + self.max_tokens) // 64) * 64
+        if (old := self.cache).kv.shape[4] < size:                          # longer sequences than ever: a larger cache
             self.cache = KVCache(self.model.config, self.slots, size, self.device, self.model.head.dtype)
             self.cache.kv[:, :, :, :, :old.kv.shape[4]], self.cache.lengths[:] = old.kv, old.lengths
         while prompts:
@@ -253,7 +252,7 @@ class Group:
 
 
 def group_calls(trajectories: list[Trajectory], short_groups: str = "keep", group_size: int = 0, level: str = "call",
-                seed: int = 0) -> list[Group]:
+                seed: int | tuple = 0) -> list[Group]:
     """Group the calls of voting trajectories by (example, module, invocation), the paper's relative invocation.
 
     Runs may be ragged. `keep`: the members are the runs that reached the call. `truncate`: only calls that every voting run
@@ -298,7 +297,7 @@ def _places(trajectories, indices, short_groups, seed) -> dict:
     return {key: p for key, p in places.items() if short_groups != "truncate" or len(p) == len(indices)}
 
 
-def _diverse(members: list[Member], k: int) -> list[Member]:
+def _diverse(members: list[Member], k: int) -> list[Member]:        # k = 1 keeps the worst: nothing to compare with
     if not 0 < k < len(members):
         return members
     ranked = sorted(members, key=lambda m: m.reward)        # stable: ties stay in the order of rollouts
@@ -336,7 +335,7 @@ class Row:
     completion: Completion
     advantage: float
     weight: float
-    place: str = ""                 # which call of which run
+    where: str = ""                 # which call of which run
 
 
 def weigh(groups: list[Group], advantages: list[list[float]], trajectories: list[Trajectory],
@@ -345,7 +344,7 @@ def weigh(groups: list[Group], advantages: list[list[float]], trajectories: list
 
     `sequence` (Eq. 7): the mean over groups, over members, over the member's tokens; with level="trajectory" the
     tokens are those of the whole run (Eq. 9). `token` (DAPO, arXiv 2503.14476): the mean over all tokens of the step.
-    `constant` (Dr. GRPO, arXiv 2503.20783): the sum over all tokens, divided by runs x `constant`."""
+    `constant` (Dr. GRPO, arXiv 2503.20783): the sum over all tokens, divided by voting runs x `constant`."""
     tokens = lambda m: sum(len(trajectories[m.trajectory].calls[c].completion.token_ids) for c in m.calls)
     total = sum(tokens(m) for g in groups for m in g.members)
     runs = sum(t.votes for t in trajectories)
@@ -354,15 +353,15 @@ def weigh(groups: list[Group], advantages: list[list[float]], trajectories: list
         for m, a in zip(g.members, of_group):
             weight = {"sequence": 1 / (len(groups) * len(g.members) * max(tokens(m), 1)),
                       "token": 1 / max(total, 1), "constant": 1 / (runs * constant)}[normalize]
-            for c in m.calls:
-                t, call = trajectories[m.trajectory], trajectories[m.trajectory].calls[c]
-                place = f"example {t.example}, rollout {t.rollout}, {call.module}[{call.invocation}]"
-                rows.append(Row(call.module, call.completion, a, weight, place))
+            t = trajectories[m.trajectory]
+            for call in (t.calls[c] for c in m.calls):
+                where = f"example {t.example}, rollout {t.rollout}, {call.module}[{call.invocation}]"
+                rows.append(Row(call.module, call.completion, a, weight, where))
     return rows
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """log softmax(h W^T / T)[target], in chunks of rows: no tensor of N x V is ever held, forward or backward."""
+    """log softmax(W h / temperature)[target], in chunks of rows: no tensor of N x V is ever held, forward or backward."""
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
         rows = max(1, 2**22 // weight.shape[0])
@@ -371,10 +370,10 @@ class _TokenLogprobs(torch.autograd.Function):
             logits = F.linear(h, weight).float() / temperature                  # (rows, V)
             lse.append(logits.logsumexp(-1))
             picked.append(logits.gather(1, y[:, None])[:, 0])
-        lse = torch.cat(lse) if lse else hidden.new_empty(0, dtype=torch.float)
+        lse = torch.cat(lse)
         ctx.save_for_backward(hidden, weight, targets, lse)
         ctx.temperature, ctx.rows = temperature, rows
-        return (torch.cat(picked) if picked else lse) - lse
+        return torch.cat(picked) - lse
 
     @staticmethod
     def backward(ctx, grad):
@@ -403,9 +402,9 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weig
 
         L = - sum_t w_t [ min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A) - beta KL_t ]          (Eq. 7)
 
-    KL is the k3 estimator r - log r - 1 with r = pi_ref / pi (http://joschu.net/blog/kl-approx.html): never negative, and
-    its value is unbiased for tokens sampled from pi."""
-    ratio = torch.exp(logprobs - old_logprobs)
+    KL is the k3 estimator r - log r - 1 with r = pi_ref / pi (http://joschu.net/blog/kl-approx.html): never negative; over
+    tokens sampled from pi its mean is KL(pi || pi_ref), but its gradient's mean is that of KL(pi_ref || pi)."""
+    ratio = torch.exp(logprobs - old_logprobs)      # 1 on fresh rollouts, its gradient that of log pi; clipping acts later on
     gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
     if beta:
         log_r = ref_logprobs - logprobs
@@ -476,14 +475,14 @@ def step_gradient(model: Transformer, rows: list[Row], config: Config, vocabular
             try:
                 logprobs = batch_logprobs(model, tree, config.temperature, vocabulary)
                 with torch.no_grad():
-                    ref = reference and batch_logprobs(reference, tree, config.temperature, vocabulary)
+                    ref = batch_logprobs(reference, tree, config.temperature, vocabulary) if reference else None
                 loss = policy_loss(logprobs, old, advantage, weight, config.clip_low, config.clip_high, config.beta, ref)
                 more = torch.autograd.grad(loss, parameters)
-            except RuntimeError as e:                       # torch has no one class for it on all devices
+            except RuntimeError as e:                       # out of memory, for which torch has no one class on all devices
                 if "memory" not in str(e) or len(tree.rows) == 1:
                     raise
                 trees += pack(tree.rows, len(tree.ids) // 2)
-                tally.sums["halved"] += 1
+                tally.sums["halved"], logprobs, loss = tally.sums["halved"] + 1, None, None       # frees the failed graph
                 continue
             tally.batch(tree, loss.item(), logprobs.detach(), old, advantage, ref)
             torch._foreach_add_(gradient, [g.float() for g in more])
@@ -516,7 +515,7 @@ def evaluate(model, tokenizer, task: Task, examples: list[dict], config: Config,
     failure_score. The random numbers are the same at every evaluation."""
     runs, seconds = play(model, tokenizer, task, examples, config, temperature, step=-1)
     scores = np.array([t.reward if t.status == "completed" else config.failure_score for t in runs])
-    return {"score": scores.mean(), "stderr": scores.std() / math.sqrt(len(scores)), "statuses": statuses(runs),
+    return {"score": scores.mean(), "stderr": scores.std(ddof=len(scores) > 1) / math.sqrt(len(scores)), "statuses": statuses(runs),
             "seconds": sum(seconds.values())}
 
 
@@ -540,10 +539,10 @@ def train_step(model, tokenizer, optimizer, reference, task: Task, config: Confi
                            f"({', '.join(f'{n} {s}' for s, n in statuses(trajectories).items() if n)}; the first: "
                            f"{trajectories[0].error or 'no LM calls'})")
     began = time.perf_counter()
-    groups = group_calls(trajectories, config.short_groups, config.group_size, config.level, config.seed)
+    groups = group_calls(trajectories, config.short_groups, config.group_size, config.level, (config.seed, step))
     values = advantages(groups, trajectories, config.baseline, config.leave_one_out, config.scale_rewards)
     rows = weigh(groups, values, trajectories, config.normalize, config.max_tokens)
-    rows = [r for r in rows if r.advantage or config.beta]          # the gradient of the others is exactly 0
+    rows = [r for r in rows if r.advantage or config.beta]      # the others' gradient is exactly 0 (AdamW's momentum goes on)
     metrics = {"step": step + 1, **measure(trajectories, groups, values)}
     parameters, = optimizer.param_groups
     parameters["lr"] = config.lr * min(1.0, (step + 1) / max(config.warmup, 1))
@@ -572,7 +571,7 @@ def train(task: Task, model: Transformer, tokenizer: Tokenizer, config: Config, 
         if wrong:
             raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: is for evaluation; training samples from "
                              "the distribution it trains, at a temperature above 0")
-    optimizer, reference = prepare(model, config)
+    optimizer, reference = prepare(model, config)               # before load_state: the reference is the start, always
     options, dev = dataclasses.asdict(config), task.dev[:config.eval_examples or None]
     start, scores = load_state(out, model, optimizer, options)
     log = (out / "metrics.jsonl").open("a" if scores else "w")
@@ -595,10 +594,12 @@ def train(task: Task, model: Transformer, tokenizer: Tokenizer, config: Config, 
         metrics = train_step(model, tokenizer, optimizer, reference, task, config, step)
         print(json.dumps(metrics), file=log, flush=True)
         bar.set_postfix(reward=f"{metrics['reward']:.3f}", grad=f"{metrics['grad_norm']:.2f}", refresh=False)
+        ending = stop()
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
             check(step + 1)
-        elif stop():
+        elif ending:
             save_state(out, step + 1, optimizer, scores, options)
+        if ending:
             break
     log.close()
     plot([out], out / "curve.png", out.name)
@@ -606,5 +607,5 @@ def train(task: Task, model: Transformer, tokenizer: Tokenizer, config: Config, 
 
 
 if __name__ == "__main__":
-    from cli import main            # the command line's own names for what is in this file
+    from cli import main            # which imports this file again, as the module `mmgrpo`
     sys.exit(main(sys.argv[1:]))

@@ -91,7 +91,7 @@ class ModelConfig:
                 ("hidden_act", raw.get("hidden_act"), raw.get("hidden_act", "silu") == "silu"),
                 ("layer_types", raw.get("layer_types"), {*map(str, raw.get("layer_types") or ())} <= {"full_attention"}),
                 ("rope_type", scaling, scaling in ("default", "llama3")),
-                ("partial_rotary_factor", "", rope.get("partial_rotary_factor", 1) == 1),
+                ("partial_rotary_factor", rope.get("partial_rotary_factor"), rope.get("partial_rotary_factor", 1) == 1),
                 *((key, raw.get(key), not raw.get(key)) for key in ("quantization_config", "use_sliding_window"))):
             if not supported:
                 raise CheckpointError(f"{where}: {key} {value!r} is not supported")
@@ -149,9 +149,9 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(c.hidden_size, c.heads * self.d, bias=c.qkv_bias)
         self.k_proj = nn.Linear(c.hidden_size, c.kv_heads * self.d, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.hidden_size, c.kv_heads * self.d, bias=c.qkv_bias)
-        self.o_proj = nn.Linear(c.heads * c.head_dim, c.hidden_size, bias=c.o_bias)
+        self.o_proj = nn.Linear(c.heads * self.d, c.hidden_size, bias=c.o_bias)
         if c.qk_norm:
-            self.q_norm, self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps), nn.RMSNorm(c.head_dim, c.norm_eps)
+            self.q_norm, self.k_norm = nn.RMSNorm(self.d, c.norm_eps), nn.RMSNorm(self.d, c.norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.d)).transpose(1, 2)          # (B, H, T, d), (B, K, T, d) twice
@@ -222,7 +222,6 @@ class Transformer(nn.Module):
 
 class KVCache:
     """Keys and values of `slots` sequences, each with its own length: `kv` (2, layers, slots, K, size, d), `lengths` (slots,).
-
     model(prompts, attend=cache.prefill(slots, rows)) stores prompts; model(last, positions, cache.decode(n, longest))
     runs one step of the rows 0..n-1."""
     def __init__(self, config: ModelConfig, slots: int, size: int, device=None, dtype=None):
@@ -271,9 +270,9 @@ class Tokenizer:
             raise CheckpointError(f"{folder / 'tokenizer.json'}: not a tokenizer ({e})") from None
         self.plain.no_padding(), self.plain.no_truncation()
         added = self.tokenizer.get_added_tokens_decoder()
-        if greedy := [t.content for t in added.values() if t.lstrip or t.rstrip or t.single_word]:
-            raise CheckpointError(f"{folder / 'tokenizer.json'}: added token {greedy[0]!r} depends on its surroundings "
-                                  "(lstrip, rstrip or single_word), which is not supported")
+        if unfit := [t.content for t in added.values() if t.lstrip or t.rstrip or t.single_word or len(t.content) < 2]:
+            raise CheckpointError(f"{folder / 'tokenizer.json'}: added token {unfit[0]!r} depends on its surroundings "
+                                  "(lstrip, rstrip or single_word), or is a single character, which is not supported")
         self.size = max(self.tokenizer.get_vocab().values(), default=0) + 1
         self.control = {t.content: i for i, t in added.items()}
         self.control_pattern = re.compile("|".join(map(re.escape, sorted(self.control, key=len, reverse=True))) or r"(?!)")
@@ -329,7 +328,7 @@ class Tokenizer:
         return ids + self.encode(text[at:].replace(mark, ""))
 
     def decode(self, ids: list[int]) -> str:
-        """Ids -> text, control tokens left out."""
+        """Ids -> text, special tokens left out."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 

@@ -15,7 +15,6 @@ A program is ordinary Python that awaits modules and tools:
 `await module(...)` suspends the run (an asyncio task) and hands the sampler a prompt. All runs are live at once and keep
 the sampler full; each is resumed when its completion is there. The trace is written here, not by the program: one that
 catches its own errors still leaves every call recorded.
-
 """
 from __future__ import annotations
 
@@ -76,7 +75,6 @@ class Field:
 
 class Signature:
     """Inputs and outputs of an LM call, an instruction, and what each field means.
-
     Signature("question, passages: list[str] -> answer, sure: bool", "Answer.", {"answer": "a short phrase"})
     Signature("text -> intent", types={"intent": ("card_lost", "pin_blocked")})
 
@@ -86,8 +84,10 @@ class Signature:
                  types: dict[str, tuple[str, ...]] | None = None):
         descriptions, types = descriptions or {}, types or {}
         try:                                        # each side is read by Python's own grammar of arguments
-            sides = [ast.parse(f"def _({side}): 0").body[0].args.args for side in fields.split("->")]
-            self.inputs, self.outputs = (tuple(Field(a.arg, _type(a, types), descriptions.get(a.arg, "")) for a in side)
+            sides = [ast.parse(f"def _({side}): 0").body[0].args for side in fields.split("->")]
+            if len(sides) != 2 or any(a.vararg or a.kwarg or a.kwonlyargs or a.posonlyargs or a.defaults for a in sides):
+                raise ValueError("expected names, with types or without, on both sides of one ->")
+            self.inputs, self.outputs = (tuple(Field(a.arg, _type(a, types), descriptions.get(a.arg, "")) for a in side.args)
                                          for side in sides)
         except (SyntaxError, ValueError) as e:
             raise InputError(f"signature {fields!r}: {e.msg if isinstance(e, SyntaxError) else e}") from None
@@ -106,7 +106,7 @@ def _type(arg: ast.arg, types: dict) -> Any:
         kind = ast.literal_eval(f"({labels[1]},)")
     if isinstance(kind, str):
         kind = {"str": str, "int": int, "float": float, "bool": bool, "list[str]": list}.get(kind)
-    if kind is None or isinstance(kind, tuple) and not all(isinstance(label, str) for label in kind):
+    if kind not in (str, int, float, bool, list) and not (isinstance(kind, tuple) and all(isinstance(x, str) for x in kind)):
         raise ValueError(f"the type of {arg.arg!r} is none of str, int, float, bool, list[str] and labels")
     return kind
 
@@ -215,7 +215,7 @@ def parse(signature: Signature, text: str) -> dict:
 
 # ------------------------------------------------------------------------------------------ modules and programs
 class Prediction(dict):
-    """Named values, read as attributes: what a module call or a whole program returns."""
+    """Named values, read as attributes (those named like a method of dict as p["items"]): what calls and programs return."""
     def __getattr__(self, name: str) -> Any:
         if name in self:
             return self[name]
@@ -232,11 +232,11 @@ class Module:
                  types: dict[str, tuple[str, ...]] | None = None):
         if isinstance(signature, str):
             signature = Signature(signature, instruction, descriptions, types)
-        self.signature, self.instruction, self.demos = signature, instruction or signature.instruction, []
+        self.signature, self.instruction, self.demos = signature, inspect.cleandoc(instruction) or signature.instruction, []
 
     async def __call__(self, **inputs) -> Prediction:
         """The output fields. Raises FormatError where they cannot be read."""
-        return await current_run.get().ask(self, inputs)
+        return await asyncio.shield(current_run.get().ask(self, inputs))        # given up by the program, it still is recorded
 
     def messages(self, inputs: dict) -> list[dict]:
         if odd := {f.name for f in self.signature.inputs} ^ inputs.keys():
@@ -387,10 +387,10 @@ def run_programs(program: Program, examples: list[dict], metric: Callable[[dict,
     How a run ends, and its reward: `completed` (metric(example, prediction)); `format_error` (from
     format_failure_score to failure_score by the share of fields that could be read); `length` (format_failure_score);
     `max_calls` (failure_score); `tool_error` (none: a tool failed, or the metric raised or gave NaN). `interrupt`, a
-    fault put in on purpose, cuts that share of the runs short at a random call. Raises ProgramError for a wrong program.
-
-    Of the sampler two methods are used: submit(messages, key) -> ticket, and advance() -> [(ticket, Completion)]. The
-    key, (seed, step, example, rollout, module, invocation), seeds a request's randomness: scheduling changes nothing."""
+    fault put in on purpose, gives that share of runs a random limit below max_calls. Raises ProgramError for a wrong program.
+    Of the sampler two methods are used: submit(messages, key) -> ticket, and advance() -> [(ticket, Completion)]. The key, (seed,
+    step, example, rollout, module, invocation), seeds a request's randomness: scheduling changes nothing, unless parallel
+    branches share a module and call it after another await (invocations are numbered in the order they are asked for)."""
     names = {m: name for name, m in program.modules().items()}
     if not names:
         raise ProgramError(f"{type(program).__name__} has no modules: nothing calls the LM")
@@ -404,7 +404,7 @@ def run_programs(program: Program, examples: list[dict], metric: Callable[[dict,
 
     async def drive() -> list[Trajectory]:
         tasks = [asyncio.create_task(run(e, r).play()) for e in range(len(examples)) for r in range(rollouts)]
-        while not all(t.done() and t.result() for t in tasks):                          # result() raises ProgramError
+        while not all(t.done() and t.result() for t in tasks):                          # a Trajectory, or raises ProgramError
             await asyncio.sleep(0 if shared.tickets else 0.001)                         # let the runs go on
             for ticket, completion in sampler.advance() if shared.tickets else ():
                 shared.tickets.pop(ticket).set_result(completion)
@@ -468,7 +468,7 @@ class _Run:
                                                     if n in self.values or p.default is p.empty})
             status, reward, error = "completed", self.score(prediction), ""
         except _OutOfCalls:
-            status, reward, error = "max_calls", s.high, f"more than {self.limit} LM calls"
+            status, reward, error = "max_calls", s.high, f"more than {self.limit} LM calls, or {100 * self.limit} tool calls"
         except LengthError as e:
             status, reward, error = "length", s.low, str(e)
         except FormatError as e:

@@ -86,9 +86,9 @@ class ParityError(RuntimeError):
 
 
 class Tally:
-    """The figures of one pass over a step's rows: loss, mean KL (k3) and share of clipped tokens, tokens forwarded
-    (and how many that were without sharing prefixes), and each module's share of the gradient norms; at the first pass (`fresh`) also how far the training forward's log-probs are from
-    the sampler's (`parity`: median, 99% quantile, maximum)."""
+    """The figures of one pass over a step's rows: loss, mean KL (k3), share of clipped tokens, tokens forwarded and how many that
+    were without sharing prefixes, micro-batches halved for want of memory, each module's share of the gradient norms; at the
+    first pass (`fresh`) also how far the log-probs are from the sampler's (`parity`: median, 99% quantile, maximum)."""
     def __init__(self, config, dtype: torch.dtype, fresh: bool):
         self.config, self.fresh, self.norms, self.sums, self.apart = config, fresh, {}, Counter(), [torch.zeros(1)]
         self.tolerance = config.parity or (1e-3 if dtype == torch.float32 else 0.5)
@@ -108,14 +108,15 @@ class Tally:
         if not apart.max() <= self.tolerance:               # NaN is too far
             at = int(apart.nan_to_num(math.inf).argmax())
             row, token = [(r, t) for r in tree.rows for t in range(len(r.completion.token_ids))][at]
-            raise ParityError(f"{row.place}: token {token} (id {row.completion.token_ids[token]}): log-prob {old[at]:.4f} when "
+            raise ParityError(f"{row.where}: token {token} (id {row.completion.token_ids[token]}): log-prob {old[at]:.4f} when "
                               f"sampled, {logprobs[at]:.4f} in training; at most {self.tolerance} apart is tolerated (--parity)")
 
     def figures(self) -> dict:
         n, norm = max(self.sums["tokens"], 1), sum(self.norms.values()) or 1
         parity = torch.cat(self.apart).quantile(torch.tensor([0.5, 0.99, 1.0])).tolist()
         return {"loss": self.sums["loss"], "kl": self.sums["kl"] / n, "clipped": self.sums["clipped"] / n,
-                "tokens_forwarded": self.sums["forwarded"], "tokens_unshared": self.sums["unshared"], "halved": self.sums["halved"], "grad_share": {m: x / norm for m, x in self.norms.items()},
+                "tokens_forwarded": self.sums["forwarded"], "tokens_unshared": self.sums["unshared"],
+                "halved": self.sums["halved"], "grad_share": {m: x / norm for m, x in self.norms.items()},
                 **({"parity": dict(zip(("median", "q99", "max"), parity))} if self.fresh else {})}
 
 

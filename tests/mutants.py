@@ -32,7 +32,7 @@ MUTANTS = [
     ("nothing of tokens x vocabulary is held", "mmgrpo.py", "rows = max(1, 2**22 // weight.shape[0])", "rows = 2**40", "loss"),
     ("the step is made on fp32 masters", "mmgrpo.py", 'parameters["params"])\n    for module', 'list(model.parameters()))\n    for module', "train"),
     ("inner epochs compare with the log-probs sampled", "mmgrpo.py", "ratio = torch.exp(logprobs - old_logprobs)", "ratio = torch.exp(logprobs - logprobs.detach())", "loss train"),
-    ("the reference stays where it was", "mmgrpo.py", "ref = reference and batch_logprobs(reference,", "ref = reference and batch_logprobs(model,", "loss train"),
+    ("the reference stays where it was", "mmgrpo.py", "ref = batch_logprobs(reference,", "ref = batch_logprobs(model,", "loss train"),
     # the sampler
     ("any end token ends a completion", "mmgrpo.py", "self.ends[list(tokenizer.end_ids)] = True", "self.ends[min(tokenizer.end_ids)] = True", "sampler"),
     ("the sampled end token is kept", "mmgrpo.py", "self.tokens[i, :count].tolist(), self.logprobs[i, :count].tolist()", "self.tokens[i, :count - stop].tolist(), self.logprobs[i, :count - stop].tolist()", "sampler"),

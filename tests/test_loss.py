@@ -142,6 +142,16 @@ def test_kl_is_the_k3_estimator_whose_value_is_unbiased_on_an_enumerated_vocabul
     assert min(each) >= 0
 
 
+def test_the_mean_gradient_of_k3_is_that_of_the_other_divergence():
+    """What the docstring claims, on an enumerated vocabulary: sampled from pi, it is the gradient of KL(pi_ref || pi)."""
+    theta, q = torch.randn(6, dtype=torch.double, requires_grad=True), torch.softmax(torch.randn(6, dtype=torch.double), 0)
+    p = torch.softmax(theta, 0)
+    loss = G.policy_loss(p.log(), p.log().detach(), torch.zeros(6), p.detach(), beta=1.0, ref_logprobs=q.log())
+    gradient = lambda value: torch.autograd.grad(value, theta, retain_graph=True)[0]
+    torch.testing.assert_close(gradient(loss), gradient((q * (q / p).log()).sum()))
+    assert not torch.allclose(gradient(loss), gradient((p * (p / q).log()).sum()))
+
+
 # ------------------------------------------------------------------------------------------------- micro-batches
 
 few = st.integers(0, 1) | st.integers(0, V - 1)         # so that prompts and completions often share a prefix

@@ -31,6 +31,19 @@ def test_prompts_are_byte_for_byte_those_of_dspys_xml_adapter(case):
     assert render(signature, case["inputs"], demos=case["demos"]) == case["messages"]
 
 
+def test_instructions_are_cleaned_like_docstrings():
+    module = Module("x -> y", """Answer.
+        In one word.""")
+    assert module.instruction == module.signature.instruction == "Answer.\nIn one word."
+
+
+@pytest.mark.parametrize("fields, arguments", [("a, *, b -> c", {}), ("a, /, b -> c", {}), ("*a -> c", {}), ("a=1 -> c", {}), ("a", {}),
+                                               ("a -> b -> c", {}), ("a -> b", {"types": {"b": ["x", "y"]}})])
+def test_a_signature_with_more_than_names_and_types_is_refused(fields, arguments):
+    with pytest.raises(InputError, match="signature"):
+        Signature(fields, **arguments)
+
+
 def test_a_signature_reads_names_types_and_labels():
     s = Signature("question, passages: list[str] -> n: int, x: float, ok: bool, kind: Literal['a', \"b's\"], text", "Do it.",
                   {"n": "how many"})
@@ -273,6 +286,24 @@ def test_when_one_of_several_fails_the_others_are_recorded_too():
             await gather(self.first(x="1"), self.second(x="2"))
     t, = run(Both(), answer(first="garbage"))
     assert t.status == "format_error" and [c.completion is not None for c in t.calls] == [True, True] and t.calls[1].outputs
+
+
+@pytest.mark.parametrize("give_up", ["timeout", "group"])
+def test_calls_that_a_program_gives_up_on_are_recorded_too(give_up):
+    class Hasty(Two):
+        async def forward(self, x):
+            try:
+                if give_up == "timeout":
+                    await asyncio.wait_for(self.first(x=x), 1e-6)
+                else:
+                    async with asyncio.TaskGroup() as group:
+                        group.create_task(self.first(x=x))
+                        group.create_task(self.second(x=x))
+            except (asyncio.TimeoutError, ExceptionGroup):
+                pass
+            return Prediction(x=x)
+    t, = run(Hasty(), reply=answer("", first="?", second="?") if give_up == "group" else answer())
+    assert t.status == "completed" and len(t.calls) == (1 if give_up == "timeout" else 2) and all(c.completion for c in t.calls)
 
 
 def test_calls_that_a_program_leaves_behind_are_recorded():
