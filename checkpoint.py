@@ -60,7 +60,7 @@ def _digest(path: Path) -> str:
 
 def states(out: Path) -> list[Path]:
     """The saved states of a run, oldest first."""
-    return sorted(out.glob("state-*"))
+    return sorted(p for p in out.glob("state-*") if p.name[6:].isdecimal())
 
 
 def read_state(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict:
@@ -72,6 +72,9 @@ def read_state(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Opti
         state, path = json.loads((folder / "state.json").read_text()), folder / "state.safetensors"
         if state["digest"] != _digest(path):
             raise ValueError(f"{path.name} is not as it was written")
+        if not (type(state["step"]) is type(state["metrics_bytes"]) is int and isinstance(state["config"], dict)
+                and isinstance(state["scores"], list)):
+            raise ValueError("state.json is not as it was written")
         tensors = safetensors.torch.load_file(path)
         shapes = {i: tuple(t.shape) for i, t in ((n.removesuffix(".weight"), t) for n, t in tensors.items()) if "." not in i}
         if shapes != {str(i): tuple(p.shape) for i, p in enumerate(masters)}:
@@ -105,6 +108,8 @@ def load_state(out: Path, model: torch.nn.Module, optimizer: torch.optim.Optimiz
             if key not in FREE and options.get(key) != value:
                 raise InputError(f"{out}: was begun with --{key.replace('_', '-')} {value}, not {options.get(key)}; give the same "
                                  "options, or another --out")
+        if (out / "metrics.jsonl").stat().st_size < state["metrics_bytes"]:
+            raise InputError(f"{out / 'metrics.jsonl'}: is shorter than when {folder.name} was saved")
         os.truncate(out / "metrics.jsonl", state["metrics_bytes"])
         print(f"{out}: going on from step {state['step']}", file=sys.stderr)
         return state["step"], state["scores"]

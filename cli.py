@@ -2,7 +2,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import fcntl
+import functools
 import importlib.util
 import json
 import math
@@ -24,15 +27,22 @@ from program import STATUSES, Call, Completion, InputError, ProgramError, Task, 
 from report import ParityError, measure, read_metrics, show
 
 
+@functools.lru_cache(1)                                     # the options' defaults are read from it first
+def _task_of(path: Path, data: str, changed: int) -> Task | None:
+    spec = importlib.util.spec_from_file_location(f"task_{path.stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.load(data) if callable(getattr(module, "load", None)) else None
+
+
 def load_task(config: Config) -> Task:
     """The task that config.task names: a file of tasks/, or any Python file with a function load(data)."""
     path = Path(config.task if config.task.endswith(".py") else Path(__file__).parent / "tasks" / f"{config.task}.py")
     if not path.is_file():
         raise InputError(f"--task {config.task}: no such task ({path}; hover, banking77 and papillon are in tasks/)")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    task = module.load(config.data)
+    task = _task_of(path, config.data, path.stat().st_mtime_ns)
+    if not isinstance(task, Task):
+        raise InputError(f"--task {config.task}: {path} has no function load(data) that returns a Task")
     if config.prompts:
         task.program.load(config.prompts)
     return task
@@ -40,6 +50,10 @@ def load_task(config: Config) -> Task:
 
 def load_model(config: Config) -> tuple[Transformer, Tokenizer]:
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f"--device {device}: {e}") from None
     return load_pretrained(config.model, device, getattr(torch, config.dtype))
 
 
@@ -58,6 +72,8 @@ def folder_of(config: Config) -> Path:
     if config.resume and not config.out and not used:
         raise InputError(f"--resume: there is no run of {config.task} in runs/")
     out = Path(config.out) if config.out else used[-1] if config.resume else next(p for p in numbered if p not in used)
+    if not states(out) and (out / "metrics.jsonl").exists() and read_metrics(out)[0]:
+        raise InputError(f"{out}: holds the metrics of a run whose states are gone; choose another --out")
     if last_step(out) >= config.steps:
         raise InputError(f"{out}: holds a run already, finished at step {last_step(out)}; more --steps go on with it, another "
                          "--out begins anew")
@@ -73,7 +89,14 @@ def run_train(config: Config) -> str:
         split_of(task, split, config)
     out, interrupts = folder_of(config), []
     out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    lock = (out / ".lock").open("w")                        # held as long as this process lives
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise InputError(f"{out}: another process trains there") from None
+    save_options = lambda: (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    if not states(out):
+        save_options()
 
     def on_interrupt(*_):
         if interrupts:
@@ -84,9 +107,12 @@ def run_train(config: Config) -> str:
         scores = mmgrpo.train(task, model, tokenizer, config, out, stop=lambda: bool(interrupts))
     finally:
         signal.signal(signal.SIGINT, before)
-    if interrupts:
+    save_options()                                          # --steps may have changed
+    if interrupts and int(states(out)[-1].name[6:]) < config.steps:
         return f"stopped; the same command with OUT={out} goes on"
-    return (f"metrics, checkpoints and the curve are in {out}\n{config.task} dev score: {scores[0]:.3f} -> {scores[-1]:.3f} "
+    skipped = sum("skipped" in m for m in read_metrics(out)[0])
+    return (f"{skipped} steps were skipped, for their gradient was not finite\n" * bool(skipped)
+            + f"metrics, checkpoints and the curve are in {out}\n{config.task} dev score: {scores[0]:.3f} -> {scores[-1]:.3f} "
             f"({config.steps} steps, {time.perf_counter() - began:.0f} s)")
 
 
@@ -103,8 +129,11 @@ def run_replay(folder: str, step: str, config: Config) -> str:
         raise InputError(f"{folder}: has steps 1 to {max(digests, default=0)} of {done.examples} examples each")
     task, (model, tokenizer) = load_task(done), load_model(done)
     optimizer, reference = mmgrpo.prepare(model, done)
-    earlier = [s for s in states(Path(folder)) if int(s.name.split("-")[1]) < step]
-    start = read_state(earlier[-1], model, optimizer)["step"] if earlier else 0
+    start = 0
+    for state in reversed([s for s in states(Path(folder)) if int(s.name[6:]) < step]):
+        with contextlib.suppress(ValueError):               # a damaged one: the one before, or the start
+            start = read_state(state, model, optimizer)["step"]
+            break
     for i in range(start, step - 1):
         mmgrpo.train_step(model, tokenizer, optimizer, reference, task, done, i)
     trajectories, _ = mmgrpo.sample_step(model, tokenizer, task, done, step - 1)
@@ -153,7 +182,8 @@ def read_trajectories(path: str) -> tuple[list[Trajectory], dict[int, dict]]:
         need(type(t.get("example")) in (str, int), f"{at}.example", "a string or a whole number")
         need(type(t.get("rollout")) is int, f"{at}.rollout", "a whole number")
         need(t.get("status") in STATUSES, f"{at}.status", f"one of {', '.join(STATUSES)}")
-        need(type(t.get("reward")) in (int, float) or t["status"] == "tool_error", f"{at}.reward", "a number")
+        need(type(t.get("reward")) in (int, float) and not 1e100 < abs(t["reward"]) < math.inf or t["status"] == "tool_error",
+             f"{at}.reward", "a number of at most 1e100")
         need(isinstance(t.get("calls"), list), f"{at}.calls", "a list")
         need((t["example"], t["rollout"]) not in seen, at, f"each rollout once, found rollout {t['rollout']} of example "
                                                            f"{t['example']!r} again")
@@ -224,7 +254,14 @@ def parse_arguments(argv: list[str]) -> tuple[str, list[str], Config]:
     if len(files) != len(takes.split()) or command == "replay" and not files[1].isdecimal():
         parser.error(f"{command} takes {takes or 'options only'}")
     config = Config(**given)
-    return command, files, config if takes else Config(**(load_task(config).defaults | given))
+    if takes:
+        return command, files, config
+    defaults, types = load_task(config).defaults, {f.name: f.type for f in dataclasses.fields(Config)}
+    for name, value in defaults.items():
+        if types.get(name) != type(value).__name__:
+            raise InputError(f"--task {config.task}: its default for {name!r}: expected {types.get(name, 'a field of Config')}, "
+                             f"found {value!r}")
+    return command, files, Config(**(defaults | given))
 
 
 def main(argv: list[str]) -> int:
@@ -233,7 +270,7 @@ def main(argv: list[str]) -> int:
         run = {"train": run_train, "eval": run_eval, "show": run_show, "group": run_group, "replay": run_replay}[command]
         print(run(*files, config))
         return 0
-    except (InputError, CheckpointError, ProgramError, ParityError, OSError) as e:
+    except (InputError, CheckpointError, ProgramError, ParityError, FloatingPointError, OSError) as e:
         if e.__cause__ is not None:                                 # a bug in the user's program: with its traceback
             traceback.print_exception(e.__cause__)
         print(f"error: {e}", file=sys.stderr)

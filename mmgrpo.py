@@ -104,7 +104,7 @@ class Config:
             if f.name in choices and value not in choices[f.name]:
                 raise InputError(f"{flag}: {value!r} is none of {', '.join(choices[f.name])}")
             low = 1 if f.name in positive else -math.inf if f.name in ("failure_score", "format_failure_score") else 0
-            if f.type in ("int", "float") and not low <= value < math.inf:
+            if f.type in ("int", "float") and not (low <= value and math.isfinite(value)):
                 raise InputError(f"{flag}: {value} is not a number of at least {low}")
 
 
@@ -115,8 +115,7 @@ def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_k: in
     Inverse CDF: the first token whose cumulative probability exceeds uniform x total, so a token of probability 0 is
     never drawn. Temperature 0 takes the most likely token, with log-prob 0."""
     if temperature == 0:
-        token = logits.argmax(-1)
-        return token, torch.zeros(token.shape, device=logits.device)
+        return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
     logp = F.log_softmax(logits.float() / temperature, dim=-1)
     if top_k or top_p < 1:
         value, order = logp.sort(-1, descending=True)
@@ -125,6 +124,8 @@ def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_k: in
         outside[:, 0] = False
         logp = F.log_softmax(logp.masked_fill(outside.scatter(1, order, outside), -math.inf), dim=-1)
     cdf = logp.double().exp().cumsum(-1)
+    if not (cdf[:, -1] > 0).all():
+        raise FloatingPointError("the LM's logits are not finite: a broken checkpoint, a diverged run (--lr), or a tiny --temperature")
     token = torch.searchsorted(cdf, uniform.double()[:, None] * cdf[:, -1:], right=True)
     return token[:, 0], logp.gather(1, token)[:, 0]
 
@@ -137,9 +138,9 @@ class Sampler:
     beyond the live sequences, so nothing survives an update of the weights."""
     def __init__(self, model: Transformer, tokenizer: Tokenizer, *, slots: int = 64, max_tokens: int = 128,
                  temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, prefill_tokens: int = 8192):
-        self.model, self.tokenizer, self.slots, self.max_tokens = model, tokenizer, slots, max_tokens
+        self.model, self.tokenizer, self.slots, self.context = model, tokenizer, slots, model.config.max_positions
         self.temperature, self.top_k, self.top_p, self.prefill_tokens = temperature, top_k, top_p, prefill_tokens
-        self.device, self.context = model.head.device, model.config.max_positions
+        self.device, self.max_tokens = model.head.device, (max_tokens := min(max_tokens, self.context))
         self.waiting: deque[tuple[int, list[int], np.ndarray]] = deque()    # ticket, prompt, uniform numbers
         self.live: list[tuple[int, list[int]]] = []                         # slot -> ticket, prompt
         self.done, self.tickets, self.seconds = [], 0, 0.0
@@ -401,7 +402,6 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weig
     """The mmGRPO loss of N tokens, all arguments (N,): with rho = pi / pi_old,
 
         L = - sum_t w_t [ min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A) - beta KL_t ]          (Eq. 7)
-
     KL is the k3 estimator r - log r - 1 with r = pi_ref / pi (http://joschu.net/blog/kl-approx.html): never negative; over
     tokens sampled from pi its mean is KL(pi || pi_ref), but its gradient's mean is that of KL(pi_ref || pi)."""
     ratio = torch.exp(logprobs - old_logprobs)      # 1 on fresh rollouts, its gradient that of log pi; clipping acts later on
@@ -569,8 +569,7 @@ def train(task: Task, model: Transformer, tokenizer: Tokenizer, config: Config, 
     is in the README ("What a run leaves"). A run that was interrupted there goes on; it ends early once stop() is true."""
     for name, wrong in (("top_k", config.top_k), ("top_p", config.top_p < 1), ("temperature", config.temperature == 0)):
         if wrong:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: is for evaluation; training samples from "
-                             "the distribution it trains, at a temperature above 0")
+            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: for evaluation only; what is sampled is trained")
     optimizer, reference = prepare(model, config)               # before load_state: the reference is the start, always
     options, dev = dataclasses.asdict(config), task.dev[:config.eval_examples or None]
     start, scores = load_state(out, model, optimizer, options)

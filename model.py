@@ -81,7 +81,7 @@ class ModelConfig:
             return kind(value)
 
         names = ("qwen2", "Qwen2ForCausalLM"), ("qwen3", "Qwen3ForCausalLM"), ("llama", "LlamaForCausalLM")
-        architecture = raw.get("architectures") or [dict(names).get(raw.get("model_type"))]
+        architecture = raw.get("architectures") or [dict(names).get(str(raw.get("model_type")))]
         qwen2, qwen3, llama = (architecture == [name] for _, name in names)
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         rope = rope if isinstance(rope, dict) else {"rope_type": rope}
@@ -89,7 +89,7 @@ class ModelConfig:
         for key, value, supported in (
                 ("architectures", architecture, qwen2 or qwen3 or llama),
                 ("hidden_act", raw.get("hidden_act"), raw.get("hidden_act", "silu") == "silu"),
-                ("layer_types", raw.get("layer_types"), {*map(str, raw.get("layer_types") or ())} <= {"full_attention"}),
+                ("layer_types", raw.get("layer_types"), {*re.findall(r"\w+", str(raw.get("layer_types") or []))} <= {"full_attention"}),
                 ("rope_type", scaling, scaling in ("default", "llama3")),
                 ("partial_rotary_factor", rope.get("partial_rotary_factor"), rope.get("partial_rotary_factor", 1) == 1),
                 *((key, raw.get(key), not raw.get(key)) for key in ("quantization_config", "use_sliding_window"))):
@@ -270,9 +270,10 @@ class Tokenizer:
             raise CheckpointError(f"{folder / 'tokenizer.json'}: not a tokenizer ({e})") from None
         self.plain.no_padding(), self.plain.no_truncation()
         added = self.tokenizer.get_added_tokens_decoder()
-        if unfit := [t.content for t in added.values() if t.lstrip or t.rstrip or t.single_word or len(t.content) < 2]:
-            raise CheckpointError(f"{folder / 'tokenizer.json'}: added token {unfit[0]!r} depends on its surroundings "
-                                  "(lstrip, rstrip or single_word), or is a single character, which is not supported")
+        if unfit := [t.content for t in added.values() if t.lstrip or t.rstrip or t.single_word or len(t.content) < 2
+                     or {*self.encode(t.content)} & {*added}]:
+            raise CheckpointError(f"{folder / 'tokenizer.json'}: added token {unfit[0]!r} depends on its surroundings (lstrip, rstrip "
+                                  "or single_word), is a single character, or comes of ordinary text, which is not supported")
         self.size = max(self.tokenizer.get_vocab().values(), default=0) + 1
         self.control = {t.content: i for i, t in added.items()}
         self.control_pattern = re.compile("|".join(map(re.escape, sorted(self.control, key=len, reverse=True))) or r"(?!)")
@@ -298,14 +299,14 @@ class Tokenizer:
         try:
             if isinstance(source, list):                       # several named templates: the default one
                 source = {t["name"]: t["template"] for t in source}["default"]
-            return env.from_string(self.files.get("chat_template.jinja", b"").decode() or source)
+            return env.from_string(self.files.get("chat_template.jinja", b"").decode() or source or None)
         except (jinja2.TemplateError, TypeError, AttributeError, LookupError, UnicodeDecodeError) as e:
             raise CheckpointError(f"{folder}: chat_template (tokenizer_config.json or chat_template.jinja): "
                                   f"{'missing' if source is None else e}") from None
 
     def encode(self, text: str) -> list[int]:
         """Text -> ids, none of them a control token whatever the text says."""
-        return self.plain.encode(text, add_special_tokens=False).ids
+        return self.plain.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False).ids
 
     def encode_chat(self, messages: list[dict]) -> list[int]:
         """Messages -> prompt ids up to where the assistant begins. Control tokens come from the template alone: where a content

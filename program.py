@@ -445,7 +445,7 @@ class _Run:
         if at == self.limit:
             raise _OutOfCalls
         name = s.names[module]
-        call = Call(name, sum(c.module == name for c in self.calls), inputs)
+        call = Call(name, sum(c.module == name for c in self.calls), copy.deepcopy(inputs))
         s.tickets[s.sampler.submit(module.messages(inputs), (*self.key, name, call.invocation))] = future
         self.calls.append(call)
         completion = await future
@@ -464,7 +464,7 @@ class _Run:
         s, prediction = self.shared, None
         try:
             parameters = inspect.signature(s.program.forward).parameters
-            prediction = await s.program.forward(**{n: self.values[n] for n, p in parameters.items()
+            prediction = await s.program.forward(**{n: copy.deepcopy(self.values[n]) for n, p in parameters.items()
                                                     if n in self.values or p.default is p.empty})
             status, reward, error = "completed", self.score(prediction), ""
         except _OutOfCalls:

@@ -14,7 +14,7 @@ def read_rows(path: Path, fields: dict[str, Callable]) -> list[dict]:
     """
     rows = []
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             for where, row in _READERS[path.suffix](file):
                 for name, good in fields.items():
                     if not isinstance(row, dict) or name not in row or not good(row[name]):

@@ -135,7 +135,8 @@ def load(folder: str = "") -> Task:
 
 def _load_real(folder: Path) -> Task:
     """111 train, 221 dev and 221 test rows of PUPA, as many as in the paper, in an order fixed by a seed."""
-    rows = read_rows(folder / "PUPA_New.csv", {"user_query": text, "target_response": text, "pii_units": text})
+    rows = read_rows(folder / "PUPA_New.csv", {"user_query": text, "target_response": text,
+                                                "pii_units": lambda units: bool(units.strip("| "))})
     examples = [{"user_query": row["user_query"], "target": row["target_response"],
                  "pii": [unit for unit in row["pii_units"].split("||") if unit]} for row in rows]
     random.Random("papillon").shuffle(examples)

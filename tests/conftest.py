@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 # The same examples at every run; HYPOTHESIS_PROFILE=search looks for new ones.
 common = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+torch.set_num_threads(1)        # the models are so small that threads only wait for each other
 settings.register_profile("ci", derandomize=True, max_examples=60, **common)
 settings.register_profile("search", max_examples=1000, **common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

@@ -113,7 +113,7 @@ def test_top_k_and_top_p_draw_among_the_likeliest(k, p, u):
     ranked = probability.argsort(descending=True).tolist()
     mass = [float(probability[ranked[:i]].sum()) for i in range(8)]         # of those before the i-th
     allowed = {t for i, t in enumerate(ranked) if i < k and (mass[i] < p or i == 0)}
-    token, logp = G.sample_tokens(logits, torch.tensor([u]), 1.0, k, p)
+    token, logp = G.sample_tokens(logits, torch.tensor([u], dtype=torch.double), 1.0, k, p)
     assert int(token) in allowed
     assert float(logp.exp()) == pytest.approx(float(probability[token] / probability[list(allowed)].sum()), rel=1e-4)
 

@@ -438,3 +438,87 @@ def test_ctrl_c_saves_the_state_and_the_same_command_goes_on(run, monkeypatch):
     assert [p.name for p in folder.glob("state-*")] == ["state-0000000", "state-0000001"] or len(list(folder.glob("state-*"))) == 2
     code, out, error, _ = run("train", "--steps", "3")
     assert code == 0 and "(3 steps, " in out and "going on from step 1" in error
+
+
+def test_logits_that_are_not_finite_are_told_and_not_sampled(tokenizer, noisy):
+    model = make_model(vocab_size=tokenizer.size)
+    with torch.no_grad():
+        model.norm.weight[0] = math.nan
+    with pytest.raises(FloatingPointError, match="logits are not finite"):
+        one_step(model, tokenizer)
+
+
+def test_a_refused_run_leaves_the_options_of_the_first(run):
+    _, _, _, folder = run("train", "--steps", "1")
+    before = (folder / "config.json").read_text()
+    code, _, error, _ = run("train", "--steps", "2", "--seed", "7")
+    assert code == 2 and "was begun with --seed 0, not 7" in error and (folder / "config.json").read_text() == before
+    code, out, _, _ = run("train", "--steps", "2")              # more steps go on
+    assert code == 0 and "(2 steps, " in out and json.loads((folder / "config.json").read_text())["steps"] == 2
+
+
+def test_two_processes_do_not_train_in_one_folder(run):
+    import fcntl
+    _, _, _, folder = run("train", "--steps", "1")
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, _, error, _ = run("train", "--steps", "2")
+    assert code == 2 and "another process trains there" in error
+
+
+@pytest.mark.parametrize("damage, says", [
+    (lambda f: (f / "metrics.jsonl").write_text(""), "is shorter than when"),
+    (lambda f: [p.rename(f / f"gone-{p.name}") for p in f.glob("state-*")], "whose states are gone"),
+    (lambda f: [(p / "state.json").write_text('{"step": "x"}') for p in f.glob("state-*")], "none of its states can be used")])
+def test_a_damaged_run_is_refused(run, damage, says):
+    _, _, _, folder = run("train", "--steps", "1")
+    damage(folder)
+    code, _, error, _ = run("train", "--steps", "2")
+    assert code == 2 and says in error and "Traceback" not in error
+
+
+def test_a_stray_folder_is_no_state_and_a_damaged_state_does_not_keep_a_step_from_being_replayed(run):
+    _, _, _, folder = run("train", "--steps", "2", "--eval-every", "1")
+    (folder / "state-foo").mkdir()
+    state = folder / "state-0000001" / "state.safetensors"
+    state.write_bytes(state.read_bytes() + b"x")
+    assert cli.main(["replay", str(folder), "2"]) == 0 and "token for token" in run.capture()[0]
+
+
+@pytest.mark.parametrize("source, says", [
+    ("x = 1", "has no function load"), ("def load(data): return None", "has no function load(data) that returns a Task"),
+    ("from program import *\ndef load(data): return Task(Program(), None, [], [], [], {'nonsense': 1})", "'nonsense': expected a field of Config"),
+    ("from program import *\ndef load(data): return Task(Program(), None, [], [], [], {'max_tokens': '24'})", "'max_tokens': expected int")])
+def test_a_task_file_without_a_task_is_refused(tmp_path, capsys, source, says):
+    (tmp_path / "odd.py").write_text(source)
+    assert cli.main(["eval", "--task", str(tmp_path / "odd.py")]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_task_file_may_have_dataclasses_with_future_annotations(run, tmp_path):
+    run("eval")
+    text = (tmp_path / "echo.py").read_text()
+    (tmp_path / "echo2.py").write_text("from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\n" + text)
+    assert cli.main(["eval", "--task", str(tmp_path / "echo2.py"), "--model", str(tmp_path / "model")]) == 0
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(run, device):
+    code, _, error, _ = run("eval", "--device", device)
+    assert code == 2 and f"--device {device}" in error
+
+
+def test_what_a_program_does_to_its_inputs_stays_in_its_run(model, tokenizer):
+    class Greedy(Pair):
+        async def forward(self, x):
+            x.append(1)
+            try:
+                await self.first(x=x)
+            except ValueError:
+                pass
+            x.append(2)
+            return Prediction(n=len(x))
+    task = dataclasses.replace(TASK, program=Greedy(), train=[{"x": []}] * 5)
+    trajectories, _ = G.sample_step(model, tokenizer, task, CONFIG, 0)
+    assert {t.prediction["n"] for t in trajectories} == {2} and {len(t.calls[0].inputs["x"]) for t in trajectories} == {1}
+    assert task.train[0] == {"x": []}
