@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 common = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 torch.set_num_threads(1)        # the models are so small that threads only wait for each other
 settings.register_profile("ci", derandomize=True, max_examples=60, **common)
+settings.register_profile("mutants", derandomize=True, max_examples=60, phases=(Phase.explicit, Phase.generate), **common)
 settings.register_profile("search", max_examples=1000, **common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 

@@ -95,13 +95,14 @@ def test_fused_log_probs_work_in_chunks_and_hold_nothing_of_tokens_times_vocabul
 
 
 def test_the_chunked_head_accumulates_in_fp32():
-    """bf16 weights, 20,000 tokens: the gradient of the head is that of fp64 to bf16's own precision."""
+    """bf16 weights, 20,000 tokens in ten chunks: the head's gradient is that of fp32 weights to bf16's own precision (measured
+    0.0018 apart; summed in bf16, 0.0035)."""
     hidden, weight = torch.randn(20_000, 8).bfloat16(), torch.randn(2048, 8).bfloat16().requires_grad_()
-    targets = torch.randint(0, 2048, (20_000,))
+    targets = torch.randint(0, 64, (20_000,))
     g, = torch.autograd.grad(G.token_logprobs(hidden, weight, targets).sum(), weight)
-    w = weight.detach().double().requires_grad_()
-    want, = torch.autograd.grad(F.log_softmax(hidden.double() @ w.t(), -1).gather(1, targets[:, None]).sum(), w)
-    assert (g.double() - want).norm() / want.norm() < 5e-3
+    w = weight.detach().float().requires_grad_()
+    want, = torch.autograd.grad(G.token_logprobs(hidden.float(), w, targets).sum(), w)
+    assert (g.float() - want).norm() / want.norm() < 2.5e-3
 
 
 # ---------------------------------------------------------------------------------------------------------- the loss

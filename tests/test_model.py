@@ -70,6 +70,14 @@ def test_logits_equal_those_of_the_slow_transformer(family):
     np.testing.assert_allclose(fast, slow_logits(model, ids.numpy()), atol=1e-4)
 
 
+@pytest.mark.parametrize("architecture, biases, norms", [("Qwen2ForCausalLM", True, False), ("Qwen3ForCausalLM", False, True),
+                                                         ("LlamaForCausalLM", False, False)])
+def test_families_differ_in_biases_and_norms(architecture, biases, norms):
+    names = {n.removeprefix("layers.0.self_attn.") for n in make_model(architectures=[architecture]).state_dict() if n.startswith("layers.0.self")}
+    weights = {f"{x}_proj.weight" for x in "qkvo"}
+    assert names == weights | {f"{x}_proj.bias" for x in "qkv" if biases} | {f"{x}_norm.weight" for x in "qk" if norms}
+
+
 def test_logits_at_far_positions_equal_those_of_the_slow_transformer():
     model = make_model(vocab_size=50, **FAMILIES["llama3"])
     ids, positions = torch.arange(8), torch.tensor([0, 1, 2, 900, 5000, 16000, 16001, 30000])

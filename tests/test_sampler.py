@@ -44,10 +44,19 @@ def slow_sample(model, tokenizer, text, key, max_tokens=6, temperature=1.0):
     return tokens, logprobs
 
 
+@pytest.fixture
+def abrupt(tokenizer):
+    """The tokenizer, with every third id an end token: completions of all lengths."""
+    abrupt = copy.copy(tokenizer)
+    abrupt.end_ids = frozenset(range(0, tokenizer.size, 3))
+    return abrupt
+
+
 @settings(max_examples=25)
 @given(prompts, st.integers(1, 5), st.sampled_from([0.5, 1.0, 1.7]))
-def test_batched_sampling_equals_one_request_alone(model, tokenizer, texts, slots, temperature):
+def test_batched_sampling_equals_one_request_alone(model, abrupt, texts, slots, temperature):
     """Same tokens, log-probs to 1e-5, whatever the batch-mates, the slots and the order of arrival."""
+    tokenizer = abrupt
     for i, c in enumerate(sample(model, tokenizer, texts, slots=slots, temperature=temperature)):
         tokens, logprobs = slow_sample(model, tokenizer, texts[i], (i,), temperature=temperature)
         assert c.token_ids == tokens and c.prompt_ids == tokenizer.encode_chat(chat(texts[i]))
@@ -159,15 +168,21 @@ def test_equal_prompts_are_prefilled_once(model, tokenizer):
     assert [r[0] for r in rows] == [2]
 
 
-def test_a_finished_slot_is_refilled_at_once(model, tokenizer):
-    """With one slot per two requests no step decodes fewer rows than there are requests left to fill them."""
-    sampler, live, left = G.Sampler(model, tokenizer, slots=2, max_tokens=5), [], 6
-    for i in range(6):
+def test_a_finished_slot_is_refilled_at_once(model, abrupt, monkeypatch):
+    """Whenever a slot is free and a request waits, the next advance takes it in, beside those that go on."""
+    sampler, admitted, beside = G.Sampler(model, abrupt, slots=3, max_tokens=9), [], 0
+    admit = G.Sampler._admit
+    monkeypatch.setattr(G.Sampler, "_admit", lambda self: (admit(self), admitted.append(len(self.live))))
+    for i in range(20):
         sampler.submit(chat(str(i)), (i,))
-    while left:
-        left -= len(sampler.advance())
-        live.append((len(sampler.live), len(sampler.waiting)))
-    assert all(n <= 2 for n, _ in live) and len(live) <= 3 * 5 + 3
+    done = []
+    while len(done) < 20:
+        live, due = len(sampler.live), bool(sampler.waiting) and len(sampler.live) < 3
+        admitted.clear()
+        done += sampler.advance()
+        assert bool(admitted) == due and all(n == 3 or not sampler.waiting for n in admitted)
+        beside += due and live > 0
+    assert beside > 2 and len({len(c.token_ids) for _, c in done}) > 3
 
 
 def test_no_two_requests_of_a_step_share_their_random_numbers(model, tokenizer):

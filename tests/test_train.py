@@ -328,10 +328,13 @@ def test_an_interrupted_run_goes_on_to_the_same_weights_bit_for_bit(tmp_path, to
     whole = trained(tokenizer, tmp_path / "whole", config)
     start = make_model(vocab_size=tokenizer.size).state_dict()
     half = trained(tokenizer, tmp_path / "half", config, stop_after=1)
+    with (tmp_path / "half" / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 2, "reward": "of a step that was lost"}\n{"st')
     assert not equal(half, whole) and not equal(half, start)
     assert equal(trained(tokenizer, tmp_path / "half", config), whole)
     lines = [[{k: v for k, v in json.loads(line).items() if k not in ("seconds", "dev")} for line in (tmp_path / name / "metrics.jsonl").open()]
              for name in ("whole", "half")]
+    assert any(m.get("kl", 0) > 1e-9 for m in lines[1]) == bool(config.beta)
     assert lines[0] == lines[1] and len(list((tmp_path / "half").glob("state-*"))) == 2
 
 
