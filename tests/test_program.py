@@ -252,13 +252,14 @@ def test_a_tool_that_hangs_excludes_the_run_and_does_not_hold_up_the_others():
 
 
 def test_a_program_that_calls_tools_without_end_ends_in_max_calls():
+    used = []
     class Loop(Two):
         async def forward(self, x):
             await self.first(x=x)
             while True:
-                await tool(len, x)
+                await tool(used.append, x)
     t, = run(Loop(), max_calls=3)
-    assert t.status == "max_calls" and t.reward == 0.0 and len(t.calls) == 1
+    assert t.status == "max_calls" and t.reward == 0.0 and len(t.calls) == 1 and len(used) == 300
 
 
 def test_tools_run_beside_each_other_and_beside_decoding():
