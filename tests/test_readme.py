@@ -36,7 +36,7 @@ def test_files_options_and_names_of_the_readme_exist():
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)):
         assert flag in fields, flag
     targets = re.findall(r"^([a-z -]+):", (ROOT / "Makefile").read_text(), re.M)
-    for target in set(re.findall(r"\bmake ([a-z-]+)", README)):
+    for target in set(re.findall(r"(?:`|^)make ([a-z-]+)", README, re.M)):
         assert any(target in t.split() for t in targets), target
 
 
