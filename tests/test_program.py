@@ -1,10 +1,12 @@
 """Signatures, prompts, parsing, programs, and the ways a run ends."""
 import asyncio
+import http.server
 import json
 import math
 import random
 import threading
 import time
+import urllib.request
 
 import pytest
 from conftest import ROOT
@@ -239,6 +241,27 @@ def test_a_tool_is_tried_again_and_then_excludes_the_run(retries, status):
     t, = run(WithTool(flaky, retries=retries))
     assert t.status == status and len(tries) == retries + 1
     assert t.prediction == {"y": "ok!"} if status == "completed" else "no route" in t.error
+
+
+@pytest.mark.parametrize("answers, status", [([429, 500, 200], "completed"), ([500, 429, 503], "tool_error"), (["garbage"] * 3, "tool_error")])
+def test_an_endpoint_that_fails_is_tried_again_and_then_excludes_the_run(answers, status):
+    left = list(answers)
+    class Endpoint(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            code = left.pop(0)
+            self.send_response(code if isinstance(code, int) else 200)
+            self.end_headers()
+            self.wfile.write(b'{"y": "ok"}' if code == 200 else b"<html>no")
+        def log_message(self, *_):
+            pass
+    with http.server.HTTPServer(("127.0.0.1", 0), Endpoint) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        def ask(y):
+            return json.load(urllib.request.urlopen(url, timeout=5))["y"]
+        t, = run(WithTool(ask, retries=2))
+        server.shutdown()
+    assert t.status == status and not left and (t.prediction == {"y": "ok"} if status == "completed" else t.reward is None)
 
 
 def test_a_tool_that_hangs_excludes_the_run_and_does_not_hold_up_the_others():
