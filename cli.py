@@ -126,7 +126,8 @@ def run_replay(folder: str, step: str, config: Config) -> str:
     except (OSError, ValueError, TypeError, KeyError) as e:
         raise InputError(f"{folder}: holds no run ({type(e).__name__}: {e})") from None
     if step not in digests or not 0 <= config.index < done.examples:
-        raise InputError(f"{folder}: has steps 1 to {max(digests, default=0)} of {done.examples} examples each")
+        raise InputError(f"{folder}: there is no example {config.index} of step {step}: the run has steps 1 to "
+                         f"{max(digests, default=0)} of {done.examples} examples each")
     task, (model, tokenizer) = load_task(done), load_model(done)
     optimizer, reference = mmgrpo.prepare(model, done)
     start = 0
@@ -237,7 +238,8 @@ def run_group(path: str, config: Config) -> str:
 
 def parse_arguments(argv: list[str]) -> tuple[str, list[str], Config]:
     """argv -> (command, its files, Config). A flag overrides the task's own default, which overrides Config's."""
-    parser = argparse.ArgumentParser(prog="mmgrpo.py", description=mmgrpo.__doc__.split("\n\n")[1])
+    parser = argparse.ArgumentParser(prog="mmgrpo.py", usage="mmgrpo.py COMMAND [FILE …] [--option VALUE …]", description=(
+        mmgrpo.__doc__.split("\n\n")[1] + " Defaults are in brackets; a task may have its own, and a flag beats both."))
     parser.add_argument("command", choices=("train", "eval", "show", "group", "replay"))
     parser.add_argument("files", nargs="*", help="of group: a JSON file of trajectories, or - for standard input; of replay: the "
                                                  "folder of a run and one of its steps")

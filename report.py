@@ -167,4 +167,7 @@ def compare(outs: list[Path]) -> str:
 
 
 if __name__ == "__main__":
-    print(compare([Path(a) for a in sys.argv[1:]]))
+    runs = [Path(a) for a in sys.argv[1:]]
+    if odd := [r for r in runs if not (r / "metrics.jsonl").is_file() or not read_metrics(r)[1]]:
+        sys.exit(f"error: {odd[0]}: holds no run with a dev evaluation")
+    sys.exit(print(compare(runs)) if runs else "usage: report.py RUN [RUN …], of one task")

@@ -265,7 +265,7 @@ def test_a_bug_in_a_program_is_told_with_its_traceback(run, tmp_path):
 def test_a_wrong_command_line_is_refused(argv, capsys):
     with pytest.raises(SystemExit) as e:
         cli.main(argv)
-    assert e.value.code == 2 and "usage: mmgrpo.py" in capsys.readouterr().err
+    assert e.value.code == 2 and "usage: mmgrpo.py COMMAND" in capsys.readouterr().err
 
 
 def test_every_option_has_a_sentence_in_the_help(capsys):
@@ -374,7 +374,7 @@ def test_every_step_of_a_finished_run_can_be_replayed(run):
     for step in (1, 2, 3):
         code, out, _, _ = (cli.main(["replay", str(folder), str(step)]), *run.capture(), folder)
         assert code == 0 and "4 runs, 4 calls: token for token those of the run" in out and "1. say [0]" in out
-    assert cli.main(["replay", str(folder), "4"]) == 2 and "has steps 1 to 3" in run.capture()[1]
+    assert cli.main(["replay", str(folder), "4"]) == 2 and "the run has steps 1 to 3 of" in run.capture()[1]
 
 
 @pytest.mark.parametrize("fault", ["position", "temperature", "stale", "nan"])
