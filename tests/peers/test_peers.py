@@ -167,6 +167,16 @@ def test_the_loss_is_trls_where_groups_are_full_and_differs_by_the_weight_of_sho
         assert any(abs(mean(r) - 1 / len(rows)) > 1e-9 for r in rows)
 
 
+@pytest.mark.parametrize("name", [n for n, v in reference.vectors().items() if v["options"].keys() <= {"scale_rewards", "short_groups"}])
+def test_advantages_are_trls_group_by_group(name):
+    """TRL's groups are all of one size; its formula on each of ours gives the same, short ones too."""
+    vector = json.loads((reference.FOLDER / name).read_text())
+    rewards = {(t["example"], t["rollout"]): t["reward"] for t in vector["trajectories"]}
+    for g in vector["expected"]["groups"]:
+        theirs = trl_loss.advantages([rewards[g["example"], m["rollout"]] for m in g["members"]], vector["options"].get("scale_rewards", "std"))
+        assert [m["advantage"] for m in g["members"]] == pytest.approx(theirs, abs=1e-6)      # its Bessel factor is fp32
+
+
 if __name__ == "__main__":
     print("| runs | DSPy's mode | its groups |\n|---|---|---|")
     for row in dspy_table():

@@ -1,8 +1,12 @@
-"""TRL's own GRPO loss on a vector's tokens: GRPOTrainer._compute_loss, with the model's forward replaced by the numbers given."""
+"""TRL's own GRPO loss on a vector's tokens: GRPOTrainer._compute_loss, with the model's forward replaced by the numbers given.
+And its own advantages: those lines of its source, found in the method that also generates and scores."""
+import inspect
+import textwrap
 from collections import defaultdict
 from types import SimpleNamespace
 
 import torch
+from trl.trainer import grpo_trainer
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 KIND = {"sequence": "grpo", "token": "dapo", "constant": "dr_grpo"}
@@ -27,3 +31,22 @@ def loss(rows: list[dict], normalize: str, constant: int, clip_low: float, clip_
               "old_per_token_logps": pad("old_logprobs"), "ref_per_token_logps": pad("ref_logprobs"),
               "num_items_in_batch": mask.sum()}
     return float(GRPOTrainer._compute_loss(trainer, None, inputs))
+
+
+def _lines() -> str:
+    method = next(m for m in vars(GRPOTrainer).values() if inspect.isfunction(m) and "mean_grouped_rewards =" in inspect.getsource(m))
+    lines = inspect.getsource(method).splitlines()
+    first = next(i for i, line in enumerate(lines) if line.strip() == 'if self.multi_objective_aggregation == "sum_then_normalize":')
+    last = next(i for i, line in enumerate(lines) if line.strip().startswith("elif self.multi_objective_aggregation =="))
+    return textwrap.dedent("\n".join(lines[first:last]))
+
+
+def advantages(rewards: list[float], scale_rewards: str) -> list[float]:
+    """One group's advantages as TRL computes them, in float64."""
+    names = vars(grpo_trainer) | {
+        "self": SimpleNamespace(multi_objective_aggregation="sum_then_normalize", scale_rewards={"std": "group", "none": "none"}[scale_rewards],
+                                reward_weights=torch.ones(1, dtype=torch.double)),
+        "rewards_per_func": torch.tensor(rewards, dtype=torch.double)[:, None], "device": "cpu", "num_generations": len(rewards),
+        "unscorable_mask": torch.zeros(len(rewards), dtype=torch.bool)}
+    exec(_lines(), names)
+    return names["advantages"].tolist()
