@@ -63,6 +63,11 @@ def states(out: Path) -> list[Path]:
     return sorted(p for p in out.glob("state-*") if p.name[6:].isdecimal())
 
 
+def step_of(state: Path) -> int:
+    """How many steps had been done when a state was saved."""
+    return int(state.name[6:])
+
+
 def read_state(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     """Put a state into the model and its optimizer; return its step, scores and options.
 

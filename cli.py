@@ -5,7 +5,6 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
-import functools
 import importlib.util
 import json
 import math
@@ -20,32 +19,35 @@ from pathlib import Path
 import torch
 
 import mmgrpo
-from checkpoint import read_state, states
+from checkpoint import read_state, states, step_of
 from mmgrpo import Config, advantages, evaluate, group_calls, play, policy_loss, weigh
 from model import CheckpointError, Tokenizer, Transformer, load_pretrained
 from program import STATUSES, Call, Completion, InputError, ProgramError, Task, Trajectory
 from report import ParityError, measure, read_metrics, show
 
 
-@functools.lru_cache(1)                                     # the options' defaults are read from it first
-def _task_of(path: Path, data: str, changed: int) -> Task | None:
-    spec = importlib.util.spec_from_file_location(f"task_{path.stem}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.load(data) if callable(getattr(module, "load", None)) else None
-
-
-def load_task(config: Config) -> Task:
-    """The task that config.task names: a file of tasks/, or any Python file with a function load(data)."""
+def load_task(options: dict) -> tuple[Task, Config]:
+    """The task that the options name (a file of tasks/, or any Python file with a function load(data)), and every option: the
+    given ones, then the task's own defaults, then Config's."""
+    config = Config(**options)
     path = Path(config.task if config.task.endswith(".py") else Path(__file__).parent / "tasks" / f"{config.task}.py")
     if not path.is_file():
         raise InputError(f"--task {config.task}: no such task ({path}; hover, banking77 and papillon are in tasks/)")
-    task = _task_of(path, config.data, path.stat().st_mtime_ns)
+    spec = importlib.util.spec_from_file_location(f"task_{path.stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    task = module.load(config.data) if callable(getattr(module, "load", None)) else None
     if not isinstance(task, Task):
         raise InputError(f"--task {config.task}: {path} has no function load(data) that returns a Task")
+    types = {f.name: f.type for f in dataclasses.fields(Config)}
+    for name, value in task.defaults.items():
+        if types.get(name) != type(value).__name__:
+            raise InputError(f"--task {config.task}: its default for {name!r}: expected {types.get(name, 'a field of Config')}, "
+                             f"found {value!r}")
+    config = Config(**(task.defaults | options))
     if config.prompts:
         task.program.load(config.prompts)
-    return task
+    return task, config
 
 
 def load_model(config: Config) -> tuple[Transformer, Tokenizer]:
@@ -66,28 +68,27 @@ def split_of(task: Task, split: str, config: Config) -> list[dict]:
 
 def folder_of(config: Config) -> Path:
     """Where the run goes: --out; else a new one of runs/hover, runs/hover-2, …, or with --resume the last of these."""
-    last_step = lambda out: int(states(out)[-1].name.split("-")[1]) if states(out) else -1
     numbered = [Path("runs") / (Path(config.task).stem + f"-{i}" * (i > 1)) for i in range(1, 1000)]
     used = [p for p in numbered if (p / "metrics.jsonl").exists()]
     if config.resume and not config.out and not used:
         raise InputError(f"--resume: there is no run of {config.task} in runs/")
     out = Path(config.out) if config.out else used[-1] if config.resume else next(p for p in numbered if p not in used)
-    if not states(out) and (out / "metrics.jsonl").exists() and read_metrics(out)[0]:
+    done = step_of(states(out)[-1]) if states(out) else -1
+    if done < 0 and (out / "metrics.jsonl").exists() and read_metrics(out)[0]:
         raise InputError(f"{out}: holds the metrics of a run whose states are gone; choose another --out")
-    if last_step(out) >= config.steps:
-        raise InputError(f"{out}: holds a run already, finished at step {last_step(out)}; more --steps go on with it, another "
-                         "--out begins anew")
+    if done >= config.steps:
+        raise InputError(f"{out}: holds a run already, finished at step {done}; more --steps go on with it, another --out begins anew")
     return out
 
 
-def run_train(config: Config) -> str:
+def run_train(task: Task, config: Config) -> str:
     """Train; the last line has the dev score before and after, and the seconds of the training part.
 
     Ctrl-C stops it after the step at hand, with its state saved; a second one at once."""
-    task, (model, tokenizer) = load_task(config), load_model(config)
+    model, tokenizer = load_model(config)
     for split in ("train", "dev"):
         split_of(task, split, config)
-    out, interrupts = folder_of(config), []
+    out, interrupts = folder_of(config), 0
     out.mkdir(parents=True, exist_ok=True)
     lock = (out / ".lock").open("w")                        # held as long as this process lives
     try:
@@ -99,16 +100,18 @@ def run_train(config: Config) -> str:
         save_options()
 
     def on_interrupt(*_):
-        if interrupts:
+        nonlocal interrupts
+        interrupts += 1
+        if interrupts > 1:
             raise KeyboardInterrupt
-        interrupts.append(print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr))
+        print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
     before, began = signal.signal(signal.SIGINT, on_interrupt), time.perf_counter()
     try:
-        scores = mmgrpo.train(task, model, tokenizer, config, out, stop=lambda: bool(interrupts))
+        scores = mmgrpo.train(task, model, tokenizer, config, out, stop=lambda: interrupts > 0)
     finally:
         signal.signal(signal.SIGINT, before)
     save_options()                                          # --steps may have changed
-    if interrupts and int(states(out)[-1].name[6:]) < config.steps:
+    if interrupts and step_of(states(out)[-1]) < config.steps:
         return f"stopped; the same command with OUT={out} goes on"
     skipped = sum("skipped" in m for m in read_metrics(out)[0])
     return (f"{skipped} steps were skipped, for their gradient was not finite\n" * bool(skipped)
@@ -121,17 +124,18 @@ def run_replay(folder: str, step: str, config: Config) -> str:
     are token for token those of the run, and show those of example --index of the step."""
     step = int(step)
     try:
-        done = Config(**json.loads((Path(folder) / "config.json").read_text()))
+        options = json.loads((Path(folder) / "config.json").read_text())
+        task, done = load_task(options)
         digests = {m["step"]: m["digest"] for m in read_metrics(Path(folder))[0]}
     except (OSError, ValueError, TypeError, KeyError) as e:
         raise InputError(f"{folder}: holds no run ({type(e).__name__}: {e})") from None
     if step not in digests or not 0 <= config.index < done.examples:
         raise InputError(f"{folder}: there is no example {config.index} of step {step}: the run has steps 1 to "
                          f"{max(digests, default=0)} of {done.examples} examples each")
-    task, (model, tokenizer) = load_task(done), load_model(done)
+    model, tokenizer = load_model(done)
     optimizer, reference = mmgrpo.prepare(model, done)
     start = 0
-    for state in reversed([s for s in states(Path(folder)) if int(s.name[6:]) < step]):
+    for state in reversed([s for s in states(Path(folder)) if step_of(s) < step]):
         with contextlib.suppress(ValueError):               # a damaged one: the one before, or the start
             start = read_state(state, model, optimizer)["step"]
             break
@@ -144,9 +148,9 @@ def run_replay(folder: str, step: str, config: Config) -> str:
                                  f"{'token for token' if same else 'NOT'} those of the run"])
 
 
-def run_eval(config: Config) -> str:
+def run_eval(task: Task, config: Config) -> str:
     """Score a checkpoint on a split, sampled and greedily, with how the runs ended."""
-    task, (model, tokenizer) = load_task(config), load_model(config)
+    model, tokenizer = load_model(config)
     examples, lines = split_of(task, config.split, config)[:config.eval_examples or None], []
     for name, temperature in ((f"sampled at {config.temperature}", config.temperature), ("greedy", 0.0)):
         result = evaluate(model, tokenizer, task, examples, config, temperature)
@@ -155,13 +159,16 @@ def run_eval(config: Config) -> str:
     return "\n".join(lines)
 
 
-def run_show(config: Config) -> str:
+def run_show(task: Task, config: Config) -> str:
     """Run the program on one example and return the trace."""
-    task, (model, tokenizer) = load_task(config), load_model(config)
+    model, tokenizer = load_model(config)
     examples = split_of(task, config.split, config)
     if config.index >= len(examples):
         raise InputError(f"--index {config.index}: the {config.split} split has {len(examples)} examples")
     return show(play(model, tokenizer, task, [examples[config.index]], config, config.temperature, step=-1)[0][0])
+
+
+LOGPROBS = ["logprobs", "old_logprobs", "ref_logprobs"]     # what a call may carry, a number for each sampled token
 
 
 def read_trajectories(path: str) -> tuple[list[Trajectory], dict[int, dict]]:
@@ -207,9 +214,6 @@ def read_trajectories(path: str) -> tuple[list[Trajectory], dict[int, dict]]:
     return result, logprobs
 
 
-LOGPROBS = ["logprobs", "old_logprobs", "ref_logprobs"]
-
-
 def run_group(path: str, config: Config) -> str:
     """Groups and advantages of trajectories made elsewhere, as JSON; with log-probs also token weights and the loss."""
     trajectories, logprobs = read_trajectories(path)
@@ -236,8 +240,8 @@ def run_group(path: str, config: Config) -> str:
     return json.dumps(result)
 
 
-def parse_arguments(argv: list[str]) -> tuple[str, list[str], Config]:
-    """argv -> (command, its files, Config). A flag overrides the task's own default, which overrides Config's."""
+def parse_arguments(argv: list[str]) -> tuple[str, list]:
+    """argv -> (command, the arguments of its function)."""
     parser = argparse.ArgumentParser(prog="mmgrpo.py", usage="mmgrpo.py COMMAND [FILE …] [--option VALUE …]", description=(
         mmgrpo.__doc__.split("\n\n")[1] + " Defaults are in brackets; a task may have its own, and a flag beats both."))
     parser.add_argument("command", choices=("train", "eval", "show", "group", "replay"))
@@ -255,22 +259,14 @@ def parse_arguments(argv: list[str]) -> tuple[str, list[str], Config]:
     takes = {"group": "FILE", "replay": "RUN STEP"}.get(command, "")
     if len(files) != len(takes.split()) or command == "replay" and not files[1].isdecimal():
         parser.error(f"{command} takes {takes or 'options only'}")
-    config = Config(**given)
-    if takes:
-        return command, files, config
-    defaults, types = load_task(config).defaults, {f.name: f.type for f in dataclasses.fields(Config)}
-    for name, value in defaults.items():
-        if types.get(name) != type(value).__name__:
-            raise InputError(f"--task {config.task}: its default for {name!r}: expected {types.get(name, 'a field of Config')}, "
-                             f"found {value!r}")
-    return command, files, Config(**(defaults | given))
+    return command, [*files, Config(**given)] if takes else [*load_task(given)]
 
 
 def main(argv: list[str]) -> int:
     try:
-        command, files, config = parse_arguments(argv)
+        command, arguments = parse_arguments(argv)
         run = {"train": run_train, "eval": run_eval, "show": run_show, "group": run_group, "replay": run_replay}[command]
-        print(run(*files, config))
+        print(run(*arguments))
         return 0
     except (InputError, CheckpointError, ProgramError, ParityError, FloatingPointError, OSError) as e:
         if e.__cause__ is not None:                                 # a bug in the user's program: with its traceback

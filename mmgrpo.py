@@ -438,7 +438,8 @@ def pack(rows: list[Row], batch_tokens: int) -> list[Tree]:
                            key=lambda pair: pair[0]):       # in lexical order, rows that share a prefix are neighbours
         shared = next((i for i, (a, b) in enumerate(zip(ids, last)) if a != b), min(len(ids), len(last)))
         if not trees or len(trees[-1].ids) + len(ids) - shared > batch_tokens:
-            trees, shared = [*trees, Tree()], 0
+            trees.append(Tree())
+            shared = 0
         tree, last = trees[-1], ids
         path = path[:shared] + list(range(len(tree.ids), len(tree.ids) + len(ids) - shared))
         tree.ids += ids[shared:]
@@ -482,7 +483,8 @@ def step_gradient(model: Transformer, rows: list[Row], config: Config, vocabular
                 if "memory" not in str(e) or len(tree.rows) == 1:
                     raise
                 trees += pack(tree.rows, len(tree.ids) // 2)
-                tally.sums["halved"], logprobs, loss = tally.sums["halved"] + 1, None, None       # frees the failed graph
+                tally.sums["halved"] += 1
+                logprobs = loss = None                      # frees the failed graph
                 continue
             tally.batch(tree, loss.item(), logprobs.detach(), old, advantage, ref)
             torch._foreach_add_(gradient, [g.float() for g in more])
@@ -601,7 +603,7 @@ def train(task: Task, model: Transformer, tokenizer: Tokenizer, config: Config, 
         if ending:
             break
     log.close()
-    plot([out], out / "curve.png", out.name)
+    plot(out)
     return scores
 
 

@@ -254,7 +254,7 @@ class ChainOfThought(Module):
 
 async def tool(fn: Callable, *args, retries: int = 0, timeout: float = 600.0) -> Any:
     """Run fn in a thread while decoding goes on. Raises ToolError where it still fails, or takes more than `timeout` seconds,
-    after `retries` more tries."""
+    after `retries` more tries. A run that uses tools more than 100 times its limit of LM calls ends as if it had reached that."""
     current_run.get().use_tool()
     for left in range(retries, -1, -1):
         done = Future()

@@ -126,21 +126,20 @@ def read_metrics(out: Path) -> tuple[list[dict], list[dict]]:
     return [m for m in lines if "reward" in m], [m for m in lines if "dev" in m]
 
 
-def plot(outs: list[Path], file: Path, title: str = "") -> None:
-    """Training reward and dev scores of runs against steps -> a picture."""
+def plot(out: Path) -> None:
+    """Training reward and dev scores of a run against steps -> its curve.png."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(figsize=(6, 4))
-    for i, (steps, dev) in enumerate(map(read_metrics, outs)):
-        labelled = lambda text: {"label": text} if i == 0 else {}
-        axes.plot([m["step"] for m in steps], [m["reward"] for m in steps], color="gray", alpha=0.5, **labelled("training reward"))
-        for name, color in (("sampled", "C0"), ("greedy", "C1")):
-            axes.errorbar([m["step"] for m in dev], [m["dev"][name]["score"] for m in dev], [m["dev"][name]["stderr"] for m in dev],
-                          fmt="o-", capsize=3, color=color, **labelled(f"dev score, {name}"))
-    axes.set(xlabel="step", title=title)
+    steps, dev = read_metrics(out)
+    axes.plot([m["step"] for m in steps], [m["reward"] for m in steps], color="gray", alpha=0.5, label="training reward")
+    for name, color in (("sampled", "C0"), ("greedy", "C1")):
+        axes.errorbar([m["step"] for m in dev], [m["dev"][name]["score"] for m in dev], [m["dev"][name]["stderr"] for m in dev],
+                      fmt="o-", capsize=3, color=color, label=f"dev score, {name}")
+    axes.set(xlabel="step", title=out.name)
     axes.legend()
-    figure.savefig(file, dpi=120)
+    figure.savefig(out / "curve.png", dpi=120)
     pyplot.close(figure)
 
 

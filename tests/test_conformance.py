@@ -12,11 +12,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
 import reference  # noqa: E402
+from strategies import trajectory_sets  # noqa: E402
 
 VECTORS = sorted(reference.FOLDER.glob("*.json"))
 
@@ -56,8 +59,29 @@ def test_groups_advantages_weights_and_loss_are_those_of_the_reference(path, tmp
     import cli
     vector = json.loads(path.read_text())
     (tmp_path / "in.json").write_text(json.dumps({"trajectories": vector["trajectories"]}))
-    _, _, config = cli.parse_arguments(["group", "-", *flags(vector["options"])])
+    _, (_, config) = cli.parse_arguments(["group", "-", *flags(vector["options"])])
     assert not differences(json.loads(cli.run_group(str(tmp_path / "in.json"), config)), vector["expected"])
+
+
+options = st.fixed_dictionaries({
+    "short_groups": st.sampled_from(["keep", "truncate", "fill"]), "group_size": st.integers(0, 4),
+    "level": st.sampled_from(["call", "trajectory"]), "seed": st.integers(0, 3), "baseline": st.sampled_from(["group", "example"]),
+    "leave_one_out": st.booleans(), "scale_rewards": st.sampled_from(["std", "none"]), "constant": st.sampled_from([1, 64]),
+    "normalize": st.sampled_from(["sequence", "token", "constant"]), "clip_low": st.sampled_from([0.1, 0.2]),
+    "clip_high": st.sampled_from([0.2, 0.3]), "beta": st.sampled_from([0.0, 0.04])})
+
+
+@given(trajectory_sets(), options, st.randoms(use_true_random=False))
+def test_random_runs_under_any_options_equal_the_reference(tmp_path_factory, ts, options, rng):
+    import cli
+    number = lambda: -rng.randint(1, 40) / 16
+    call = lambda c: {"module": c.module, **{k: [number() for _ in c.completion.token_ids] for k in cli.LOGPROBS}}
+    runs = [{"example": t.example, "rollout": t.rollout, "reward": t.reward, "status": t.status, "calls": list(map(call, t.calls))}
+            for t in ts]
+    path = tmp_path_factory.getbasetemp() / "runs.json"
+    path.write_text(json.dumps({"trajectories": runs}))
+    _, (_, config) = cli.parse_arguments(["group", "-", *flags({k: v for k, v in options.items() if v is not False})])
+    assert not differences(json.loads(cli.run_group(str(path), config)), reference.expected(runs, options))
 
 
 def test_the_vectors_are_what_the_reference_makes():

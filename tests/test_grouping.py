@@ -166,28 +166,6 @@ options = st.fixed_dictionaries({"baseline": st.sampled_from(["group", "example"
                                  "scale_rewards": st.sampled_from(["std", "none"])})
 
 
-def slow_advantage(reward, pool, leave_one_out, scale_rewards):
-    """One member's advantage, from the definition. `pool` holds `reward` once."""
-    if len(pool) < 2 or len(set(pool)) == 1:
-        return 0.0
-    others = list(pool)
-    if leave_one_out:
-        others.remove(reward)
-    mean = sum(pool) / len(pool)
-    std = math.sqrt(sum((r - mean) ** 2 for r in pool) / (len(pool) - 1))
-    return (reward - sum(others) / len(others)) / (std + 1e-4 if scale_rewards == "std" else 1.0)
-
-
-@given(trajectory_sets(), options)
-def test_advantages_equal_the_definition(ts, options):
-    groups = G.group_calls(ts)
-    for g, values in zip(groups, G.advantages(groups, ts, **options)):
-        pool = [m.reward for m in g.members] if options["baseline"] == "group" else [
-            t.reward for t in ts if t.votes and t.example == g.example]
-        want = [slow_advantage(m.reward, pool, options["leave_one_out"], options["scale_rewards"]) for m in g.members]
-        assert values == pytest.approx(want, rel=1e-9, abs=1e-9)
-
-
 @given(trajectory_sets(statuses=VOTING), st.sampled_from(["std", "none"]))
 def test_advantages_of_a_group_sum_to_zero(ts, scale):
     for values in G.advantages(G.group_calls(ts), ts, scale_rewards=scale):

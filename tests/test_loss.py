@@ -1,7 +1,6 @@
 """From groups to the gradient: weights, the fused log-probs, the clipped loss, micro-batches."""
 import dataclasses
 import math
-from collections import Counter
 
 import pytest
 import torch
@@ -19,36 +18,6 @@ V = 40
 
 
 # ---------------------------------------------------------------------------------------------------------- weights
-
-def slow_weights(ts, groups, normalize, constant):
-    """{(trajectory, call): summed weight of one of its tokens}, from the definitions."""
-    tokens = lambda m: sum(len(ts[m.trajectory].calls[c].completion.token_ids) for c in m.calls)
-    result = Counter()
-    for g in groups:
-        for m in g.members:
-            for c in m.calls:
-                if normalize == "sequence":
-                    w = 1 / len(groups) / len(g.members) / max(tokens(m), 1)
-                elif normalize == "token":
-                    w = 1 / max(sum(tokens(n) for h in groups for n in h.members), 1)
-                else:
-                    w = 1 / (sum(t.votes for t in ts) * constant)
-                result[m.trajectory, c] += w
-    return result
-
-
-@given(trajectory_sets(), st.sampled_from(["sequence", "token", "constant"]), st.sampled_from(["keep", "truncate", "fill"]),
-       st.sampled_from(["call", "trajectory"]))
-def test_token_weights_equal_the_definition(ts, normalize, short, level):
-    groups = G.group_calls(ts, short, level=level)
-    rows = G.weigh(groups, G.advantages(groups, ts), ts, normalize, 7)
-    total = Counter()
-    place = {id(c.completion): (i, j) for i, t in enumerate(ts) for j, c in enumerate(t.calls)}
-    for r in rows:
-        total[place[id(r.completion)]] += r.weight
-    want = slow_weights(ts, groups, normalize, 7)
-    assert total.keys() == want.keys() and all(total[k] == pytest.approx(want[k]) for k in want)
-
 
 @given(trajectory_sets(statuses=VOTING), st.sampled_from(["sequence", "token"]), st.sampled_from(["call", "trajectory"]))
 def test_the_weights_of_all_tokens_sum_to_at_most_one(ts, normalize, level):
@@ -198,6 +167,16 @@ def test_the_gradient_equals_a_loop_over_the_sampled_tokens(rows, batch_tokens, 
     prefixes = {(module, *ids[:n]) for module, ids in inputs for n in range(1, len(ids) + 1)}
     assert figures["tokens_unshared"] == sum(len(ids) for _, ids in inputs)
     assert figures["tokens_forwarded"] == {1: figures["tokens_unshared"], 10_000: len(prefixes)}.get(batch_tokens, figures["tokens_forwarded"])
+
+
+@settings(max_examples=20)
+@given(row_lists, st.lists(st.integers(0, 2), min_size=6, max_size=6))
+def test_the_gradients_of_ranks_sum_to_the_whole_one(rows, ranks):
+    """Any split of the rows over up to three machines, one without rows included: what a sum over them would give."""
+    model = make_model(vocab_size=V, std=0.15)
+    parts = [gradient(model, [r for r, rank in zip(rows, ranks) if rank == i])[0] for i in range(3)]
+    for whole, *of_ranks in zip(gradient(model, rows)[0], *parts):
+        torch.testing.assert_close(sum(of_ranks), whole, atol=2e-5, rtol=1e-3)
 
 
 def test_the_sampled_end_token_is_trained_whatever_the_padding_id():
