@@ -23,6 +23,7 @@ import math
 import random
 import sys
 import time
+from bisect import bisect_left, insort
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +36,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import load_state, save_state
-from model import KVCache, Tokenizer, Transformer, attention, save_pretrained
+from model import KVCache, Tokenizer, Transformer, TreeAttention, save_pretrained
 from program import Completion, InputError, ProgramError, Task, Trajectory, run_programs
 from report import Tally, measure, plot, statuses
 
@@ -113,43 +114,52 @@ def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_k: in
     """logits (S, V), uniform (S,) in [0, 1) -> one token a row and its exact log-prob under the distribution sampled.
 
     Inverse CDF: the first token whose cumulative probability exceeds uniform x total, so a token of probability 0 is
-    never drawn. Temperature 0 takes the most likely token, with log-prob 0."""
+    never drawn. Temperature 0 takes the most likely token, with log-prob 0. Where logits are not finite, so is the log-prob."""
     if temperature == 0:
-        return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
-    logp = F.log_softmax(logits.float() / temperature, dim=-1)
+        best, token = logits.max(-1)
+        return token, best * 0
+    logits = logits.float() / temperature
     if top_k or top_p < 1:
-        value, order = logp.sort(-1, descending=True)
-        outside = (value.exp().cumsum(-1) - value.exp() >= top_p) | (torch.arange(logp.shape[1], device=logp.device)
-                                                                     >= (top_k or logp.shape[1]))
+        p, order = logits.softmax(-1).sort(-1, descending=True)
+        outside = (p.cumsum(-1) - p >= top_p) | (torch.arange(p.shape[1], device=p.device) >= (top_k or p.shape[1]))
         outside[:, 0] = False
-        logp = F.log_softmax(logp.masked_fill(outside.scatter(1, order, outside), -math.inf), dim=-1)
-    cdf = logp.double().exp().cumsum(-1)
-    if not (cdf[:, -1] > 0).all():
-        raise FloatingPointError("the LM's logits are not finite: a broken checkpoint, a diverged run (--lr), or a tiny --temperature")
-    token = torch.searchsorted(cdf, uniform.double()[:, None] * cdf[:, -1:], right=True)
-    return token[:, 0], logp.gather(1, token)[:, 0]
+        logits = logits.masked_fill(outside.scatter(1, order, outside), -math.inf)
+    p = logits.softmax(-1)
+    cdf = p.cumsum(-1, dtype=torch.double)
+    token = torch.searchsorted(cdf, uniform.double()[:, None] * cdf[:, -1:], right=True).clamp(max=p.shape[1] - 1)
+    return token[:, 0], p.gather(1, token)[:, 0].log()
+
+
+def common(a: list[int], b: list[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 class Sampler:
     """Continuous batching over S slots of a KV cache: waiting -> live -> done.
-    Live sequences are in slots 0..n-1. Each `advance` refills free slots from the waiting prompts (one prefill for equal
-    ones), then decodes a token for every live one; the last moves into a finished one's slot. Token t of a request is drawn
-    with the t-th number of a Philox stream seeded by the request's key, so its batch-mates do not matter. Nothing is cached
-    beyond the live sequences, so nothing survives an update of the weights."""
+    Live sequences are in slots 0..n-1. Each `advance` refills free slots from the waiting prompts, then decodes a token for
+    every live one; the last moves into a finished one's slot. A prefix that two prompts share, of MIN tokens or more, is prefilled
+    once and kept in the cache's pool (of at most MAX tokens) while the weights stay as they are. Token t of a request is drawn
+    with the t-th number of a Philox stream seeded by the request's key, so its batch-mates do not matter."""
+    MIN, MAX = 16, 1024
+
     def __init__(self, model: Transformer, tokenizer: Tokenizer, *, slots: int = 64, max_tokens: int = 128,
-                 temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, prefill_tokens: int = 8192):
+                 temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
         self.model, self.tokenizer, self.slots, self.context = model, tokenizer, slots, model.config.max_positions
-        self.temperature, self.top_k, self.top_p, self.prefill_tokens = temperature, top_k, top_p, prefill_tokens
-        self.device, self.max_tokens = model.head.device, (max_tokens := min(max_tokens, self.context))
+        self.temperature, self.top_k, self.top_p, self.device = temperature, top_k, top_p, model.head.device
+        self.max_tokens, self.version = (max_tokens := min(max_tokens, self.context)), None
         self.waiting: deque[tuple[int, list[int], np.ndarray]] = deque()    # ticket, prompt, uniform numbers
         self.live: list[tuple[int, list[int]]] = []                         # slot -> ticket, prompt
-        self.done, self.tickets, self.seconds = [], 0, 0.0
-        self.cache = KVCache(model.config, slots, 0, self.device, model.head.dtype)
+        self.done, self.tickets, self.seconds, self.longest = [], 0, 0.0, 0
+        self.cache = KVCache(model.config, slots, self.MAX, self.device, model.head.dtype)
         new = lambda dtype, *shape: torch.zeros(slots, *shape, dtype=dtype, device=self.device)
         self.tokens, self.logprobs = new(torch.long, max_tokens), new(torch.float, max_tokens)
         self.uniforms, self.count, self.limit = new(torch.double, max_tokens), new(torch.long), new(torch.long)
         self.ends = torch.zeros(tokenizer.size, dtype=torch.bool, device=self.device)
         self.ends[list(tokenizer.end_ids)] = True
+        self.prompts: list[list[int]] = []                                  # all prompts of these weights, in lexical order
+        self.chains: list[tuple[list[int], list[int]]] = []                 # what is in the pool: tokens from the root, their nodes
+        self.nodes = 0                                                      # how many nodes the pool has
 
     def submit(self, messages: list[dict], key: tuple) -> int:
         """Take a prompt; a prompt that leaves no room in the context is done at once, with no token."""
@@ -159,6 +169,7 @@ class Sampler:
         self.tickets += 1
         if limit > 0:
             self.waiting.append((self.tickets, prompt, np.random.Generator(np.random.Philox(key=seed)).random(limit)))
+            insort(self.prompts, prompt)
         else:
             self.done.append((self.tickets, Completion(prompt, [], [], "length")))
         return self.tickets
@@ -167,46 +178,56 @@ class Sampler:
     def advance(self) -> list[tuple[int, Completion]]:
         """Refill the slots, decode a token; return the requests that are done as (ticket, Completion)."""
         began = time.perf_counter()
-        if self.waiting and len(self.live) < self.slots:
+        while self.waiting and len(self.live) < self.slots:
             self._admit()
-            self._collect()
+        self._collect()
         if self.live:
-            self._decode()
+            self._decode(len(self.live), self.longest + 1)
             self._collect()
         self.seconds += time.perf_counter() - began
         done, self.done = self.done, []
         return done
 
     def _admit(self):
-        """Prefill waiting prompts into the free slots, and sample the first token of each."""
-        same = defaultdict(list)                                            # prompt -> slots that ask for it
-        for slot in range(len(self.live), min(self.slots, len(self.live) + len(self.waiting))):
+        """Prefill waiting prompts, every distinct prefix once, and sample the first token of each."""
+        if (version := [p._version for p in self.model.parameters()]) != self.version:      # what is cached is of other weights
+            if self.live:
+                raise RuntimeError("the weights changed while the sampler had live sequences")
+            self.prompts, self.chains, self.nodes, self.version = sorted(p for _, p, _ in self.waiting), [], 0, version
+        base, shared, own, slots, ids, budget = self.nodes, [], [], [], [], 8192
+        while self.waiting and len(self.live) < self.slots and budget > 0:
             ticket, prompt, uniforms = self.waiting.popleft()
+            slots.append(len(self.live))
+            self.uniforms[slots[-1], :len(uniforms)] = torch.from_numpy(uniforms)
+            self.count[slots[-1]], self.limit[slots[-1]] = 0, len(uniforms)
             self.live.append((ticket, prompt))
-            same[tuple(prompt)].append(slot)
-            self.uniforms[slot, :len(uniforms)] = torch.from_numpy(uniforms)
-            self.count[slot], self.limit[slot] = 0, len(uniforms)
-        prompts = sorted(same, key=len)
-        size = -(-(len(prompts[-1]) + self.max_tokens) // 64) * 64
-        if (old := self.cache).kv.shape[4] < size:                          # longer sequences than ever: a larger cache
-            self.cache = KVCache(self.model.config, self.slots, size, self.device, self.model.head.dtype)
-            self.cache.kv[:, :, :, :, :old.kv.shape[4]], self.cache.lengths[:] = old.kv, old.lengths
-        while prompts:
-            width = len(prompts[-1])
-            batch = [prompts.pop() for _ in range(max(1, min(len(prompts), self.prefill_tokens // width)))]
-            ids = torch.tensor([[*p, *[0] * (width - len(p))] for p in batch], device=self.device)
-            slots, rows, ends = torch.tensor([(s, r, len(p)) for r, p in enumerate(batch) for s in same[p]],
-                                             device=self.device).unbind(1)
-            hidden = self.model(ids, attend=self.cache.prefill(slots, rows))
-            self.cache.lengths[slots] = ends
-            self._sample(hidden[rows, ends - 1], slots)
+            i, j = bisect_left(self.prompts, prompt), bisect_left(self.chains, (prompt,))   # what shares most is a neighbour
+            near = self.prompts[max(i - 1, 0):i] + self.prompts[i + 1:i + 2]
+            keep = max((common(prompt[:-1], p) for p in near), default=0)
+            path = max((nodes[:common(prompt[:-1], p)] for p, nodes in self.chains[max(j - 1, 0):j + 1]), key=len, default=[])
+            if (more := keep - len(path)) >= self.MIN and self.nodes + more <= self.MAX:
+                ids += prompt[len(path):keep]
+                shared.append((len(path), path := path + [*range(self.nodes, self.nodes + more)]))
+                insort(self.chains, (prompt[:keep], path))
+                self.nodes += more
+            own.append((path, prompt[len(path):]))
+            budget -= len(own[-1][1])
+        for i, (path, rest) in enumerate(own):
+            own[i] = len(path), path + [*range(base + len(ids), base + len(ids) + len(rest))]
+            ids += rest
+        self.cache.grow(max(len(path) - n for n, path in own) + self.max_tokens, base + len(ids))
+        positions = [i for n, path in shared + own for i in range(n, len(path))]
+        tensor = lambda x: torch.tensor(x, device=self.device)
+        hidden = self.model(tensor([ids]), tensor([positions]), TreeAttention(shared + own, self.device, self.cache.pool, base))
+        self.cache.place(slots, own)
+        self._sample(hidden[0, tensor([path[-1] - base for _, path in own])], tensor(slots))
 
-    def _decode(self):
-        n = len(self.live)
-        slots, positions = torch.arange(n, device=self.device), self.cache.lengths[:n, None]
+    def _decode(self, n: int, longest: int):
+        slots, cache = torch.arange(n, device=self.device), self.cache
         last = self.tokens[slots, self.count[:n] - 1]
-        hidden = self.model(last[:, None], positions, self.cache.decode(n, int(positions.max()) + 1))
-        self.cache.lengths[:n] += 1
+        positions = cache.shared[:n] + cache.lengths[:n]
+        hidden = self.model(last[:, None], positions[:, None], cache.decode(n, longest, self.nodes))
+        cache.lengths[:n] += 1
         self._sample(hidden[:, 0], slots)
 
     def _sample(self, hidden: Tensor, slots: Tensor):
@@ -221,17 +242,23 @@ class Sampler:
         """Take finished sequences out; the last live one moves into each gap."""
         n = len(self.live)
         ended = self.ends[self.tokens[torch.arange(n, device=self.device), self.count[:n] - 1]]
-        for i in (ended | (self.count[:n] >= self.limit[:n])).nonzero()[:, 0].tolist()[::-1]:
-            (ticket, prompt), count, stop = self.live[i], int(self.count[i]), bool(ended[i])
+        over = ended | (self.count[:n] >= self.limit[:n])
+        ended, over, counts, lengths = torch.stack((ended, over, self.count[:n], self.cache.lengths[:n])).tolist()
+        for i in (i for i in range(n - 1, -1, -1) if over[i]):
+            (ticket, prompt), count, stop = self.live[i], counts[i], bool(ended[i])
             ids, logprobs = self.tokens[i, :count].tolist(), self.logprobs[i, :count].tolist()
+            if not math.isfinite(sum(logprobs)):
+                raise FloatingPointError("the LM's logits are not finite: a broken checkpoint, a diverged run (--lr), or a tiny --temperature")
             text = self.tokenizer.decode(ids[:count - stop])
             self.done.append((ticket, Completion(prompt, ids, logprobs, "stop" if stop else "length", text)))
             last = self.live.pop()
+            lengths[i] = 0
             if i < len(self.live):
                 self.live[i] = last
                 self.cache.move(len(self.live), i)
                 for state in (self.tokens, self.logprobs, self.uniforms, self.count, self.limit):
                     state[i] = state[len(self.live)]
+        self.longest = max(lengths, default=0)
 
 
 # ------------------------------------------------------------------------------- groups and advantages (Eq. 1, 2)
@@ -423,20 +450,13 @@ class Tree:
     rows: list[Row] = field(default_factory=list)
     at: list[int] = field(default_factory=list)             # [N] the nodes whose states predict the rows' sampled tokens
 
-    def mask(self, device) -> Tensor:                       # (T, T) what each node sees
-        seen = torch.zeros(len(self.ids), len(self.ids), dtype=torch.bool)
-        for shared, path in self.paths:
-            if new := path[shared:]:
-                seen[new[0]:new[-1] + 1, path] = torch.ones(len(path), len(path), dtype=torch.bool).tril()[shared:]
-        return seen.to(device)
-
 
 def pack(rows: list[Row], batch_tokens: int) -> list[Tree]:
     """Micro-batches: trees of at most `batch_tokens` nodes, unless one row alone is longer; rows without tokens are left out."""
     trees, last, path = [], [], []
     for ids, row in sorted(((r.completion.prompt_ids + r.completion.token_ids[:-1], r) for r in rows if r.completion.token_ids),
                            key=lambda pair: pair[0]):       # in lexical order, rows that share a prefix are neighbours
-        shared = next((i for i, (a, b) in enumerate(zip(ids, last)) if a != b), min(len(ids), len(last)))
+        shared = common(ids, last)
         if not trees or len(trees[-1].ids) + len(ids) - shared > batch_tokens:
             trees.append(Tree())
             shared = 0
@@ -454,8 +474,7 @@ def batch_logprobs(model: Transformer, tree: Tree, temperature: float, vocabular
     """Log-probs (N,) of the sampled tokens of a micro-batch, row after row. The state that predicts token t of a completion is
     at position len(prompt) - 1 + t of its row; only those N states reach the vocabulary projection."""
     tensor = lambda x: torch.tensor(x, device=model.head.device)
-    mask = tree.mask(model.head.device)
-    hidden = model(tensor([tree.ids]), tensor([tree.positions]), lambda *layer_q_k_v: attention(*layer_q_k_v, mask=mask))[0]  # (T, D)
+    hidden = model(tensor([tree.ids]), tensor([tree.positions]), TreeAttention(tree.paths, model.head.device))[0]       # (T, D)
     targets = tensor([i for r in tree.rows for i in r.completion.token_ids])
     return token_logprobs(hidden[tensor(tree.at)], model.head[:vocabulary], targets, temperature)
 

@@ -129,15 +129,15 @@ def inverse_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x_i, x_{i+d/2}) of x (B, heads, T, d) by the angles in cos and sin (B, 1, T, d)."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-b, a), dim=-1) * sin
+    """Turn the pairs (x_i, x_{i+d/2}) of x (B, heads, T, d) by angles whose cosines and sines, the first half of these negated, are
+    in cos and sin (B, 1, T, d)."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 # --------------------------------------------------------------------------------------------------- transformer
 def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Scaled dot-product attention of q (B, H, T, d) over k, v (B, K, S, d): causal unless `mask` says what is seen. The default
-    `attend` of the transformer; a KV cache supplies others."""
+    `attend` of the transformer; TreeAttention and the KV cache supply others."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                           enable_gqa=q.shape[1] != k.shape[1])
 
@@ -211,7 +211,8 @@ class Transformer(nn.Module):
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
         angles = positions[..., None].float() * inverse_frequencies(self.config, ids.device)       # (B, T, d/2)
         x = self.embed_tokens(ids)
-        cos, sin = (t.repeat(1, 1, 2)[:, None].to(x.dtype) for t in (angles.cos(), angles.sin()))  # (B, 1, T, d)
+        cos, sin = angles.cos(), angles.sin()
+        cos, sin = (torch.cat(t, -1)[:, None].to(x.dtype) for t in ((cos, cos), (-sin, sin)))      # (B, 1, T, d)
         for i, block in enumerate(self.layers):
             x = block(x, cos, sin, i, attend)
         return self.norm(x)
@@ -220,32 +221,85 @@ class Transformer(nn.Module):
         return F.linear(hidden, self.head)
 
 
+class TreeAttention:
+    """`attend` for a forest of prefixes: T nodes as one sequence (1, T), in which each sees its ancestors and itself.
+
+    `paths` has, for each chain of new nodes, how many nodes of its path came before and the path from its root; the new ones are
+    the next of the T, numbered from `base`. Keys and values of all nodes are in `pool` (2, layers, nodes, K, d), if there is one.
+    Queries go in blocks, each with the keys of its path: the cost is that of nodes x depth, not of T x T."""
+    def __init__(self, paths: list[tuple[int, list[int]]], device=None, pool: Tensor | None = None, base: int = 0):
+        self.pool, self.base = pool, base
+        longest, size = max(len(path) for _, path in paths), max(len(path) - shared for shared, path in paths)
+        size = min(size, max(64, longest // 8))
+        blocks = [(i, start, path[start] - base, len(path) - start) for i, (shared, path) in enumerate(paths)
+                  for start in range(shared, len(path), size)]
+        chain, start, first, left = torch.tensor(blocks, device=device).unbind(1)
+        offset = torch.arange(size, device=device)
+        keys = nn.utils.rnn.pad_sequence([torch.tensor(path) for _, path in paths], batch_first=True).to(device)
+        self.keys = keys[chain]                                                         # (blocks, longest) nodes
+        self.seen = (torch.arange(longest, device=device) <= (start[:, None] + offset)[..., None])[:, None]
+        inside = offset < left[:, None]
+        self.queries = (first[:, None] + offset) * inside                               # (blocks, size) of the T
+        self.where = inside.flatten().nonzero()[:, 0]                                   # (T,) each node's place in the blocks
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))                             # (T, heads, d)
+        if self.pool is not None:
+            self.pool[0, layer, self.base:self.base + len(k)], self.pool[1, layer, self.base:self.base + len(k)] = k, v
+            k, v = self.pool[:, layer]
+        q, k, v = (x.index_select(0, at.flatten()).unflatten(0, at.shape).transpose(1, 2)   # (blocks, heads, …, d)
+                   for x, at in ((q, self.queries), (k, self.keys), (v, self.keys)))
+        y = attention(layer, q, k, v, self.seen).transpose(1, 2).flatten(0, 1)
+        return y.index_select(0, self.where).transpose(0, 1)[None]
+
+
 class KVCache:
-    """Keys and values of `slots` sequences, each with its own length: `kv` (2, layers, slots, K, size, d), `lengths` (slots,).
-    model(prompts, attend=cache.prefill(slots, rows)) stores prompts; model(last, positions, cache.decode(n, longest))
-    runs one step of the rows 0..n-1."""
-    def __init__(self, config: ModelConfig, slots: int, size: int, device=None, dtype=None):
-        self.kv = torch.zeros(2, config.layers, slots, config.kv_heads, size, config.head_dim, device=device, dtype=dtype)
-        self.lengths = torch.zeros(slots, dtype=torch.long, device=device)
+    """Keys and values of `slots` sequences: each is a path through the pool, where prefixes that sequences share are kept once,
+    and then tokens of its own: `pool` (2, layers, nodes, K, d), `sees` (slots, nodes), `shared` (slots,) the length of the path;
+    `kv` (2, layers, slots, K, size, d), `lengths` (slots,)."""
+    def __init__(self, config: ModelConfig, slots: int, nodes: int, device=None, dtype=None):
+        new = lambda *shape, dtype=dtype: torch.zeros(shape, device=device, dtype=dtype)
+        self.kv, self.pool = new(2, config.layers, slots, config.kv_heads, 0, config.head_dim), new(2, config.layers, 0, config.kv_heads, config.head_dim)
+        self.lengths, self.shared, self.sees = new(slots, dtype=torch.long), new(slots, dtype=torch.long), new(slots, nodes, dtype=torch.bool)
 
-    def prefill(self, slots: Tensor, rows: Tensor):
-        """Attend causally within a batch of prompts (B, T); store row rows[i] of it in slot slots[i]."""
-        def attend(layer, q, k, v):
-            self.kv[0, layer, slots, :, :k.shape[2]], self.kv[1, layer, slots, :, :k.shape[2]] = k[rows], v[rows]
-            return attention(layer, q, k, v)
-        return attend
+    def grow(self, size: int, nodes: int):
+        """Make room for `size` tokens a slot and `nodes` nodes in the pool, in steps of 64 tokens and of half as much again."""
+        if (more := size - self.kv.shape[4]) > 0:
+            self.kv = F.pad(self.kv, (0, 0, 0, -(-more // 64) * 64))
+        if (more := nodes - self.pool.shape[2]) > 0:
+            self.pool = F.pad(self.pool, (0, 0, 0, 0, 0, max(more, nodes // 2)))
 
-    def decode(self, n: int, longest: int):
-        """Append one token to each of the first n slots and attend over all of its slot (at most `longest` tokens)."""
+    def place(self, slots: list[int], paths: list[tuple[int, list[int]]]):
+        """Give sequences their slots: of each path so many leading nodes stay in the pool, the rest becomes the slot's own."""
+        self.sees[slots] = False
+        for slot, (shared, path) in zip(slots, paths):
+            self.sees[slot, path[:shared]] = True
+        counts = torch.tensor([(shared, len(path) - shared) for shared, path in paths], device=self.lengths.device)
+        self.shared[slots], self.lengths[slots] = counts.unbind(1)
+        own = [(slot, i, node) for slot, (shared, path) in zip(slots, paths) for i, node in enumerate(path[shared:])]
+        slot, i, node = torch.tensor(own, device=self.lengths.device).unbind(1)
+        self.kv[:, :, slot, :, i] = self.pool[:, :, node].permute(2, 0, 1, 3, 4)
+
+    def decode(self, n: int, longest: int, nodes: int):
+        """Append one token to each of the first n slots, at most `longest` of its own afterwards; attend over `nodes` of the pool,
+        as one product for all slots, and over each slot's own."""
         row, end = torch.arange(n, device=self.lengths.device), self.lengths[:n]
-        seen = (torch.arange(longest, device=end.device) <= end[:, None])[:, None, None]           # (n, 1, 1, longest)
+        seen = torch.cat((self.sees[:n, :nodes], torch.arange(longest, device=end.device) <= end[:, None]), 1)
+        bias = torch.zeros(seen.shape, device=end.device).masked_fill_(~seen, -math.inf)[:, None, None]     # (n, 1, 1, nodes + longest)
+        once = lambda x, y: (x.transpose(0, 1).flatten(1, 2) @ y).unflatten(1, (n, -1)).transpose(0, 1)     # over the pool, all slots
         def attend(layer, q, k, v):
+            own, pool = self.kv[:, layer, :n, :, :longest], self.pool[:, layer, :nodes]     # (2, n, K, longest, d), (2, nodes, K, d)
             self.kv[0, layer, row, :, end], self.kv[1, layer, row, :, end] = k[:, :, 0], v[:, :, 0]
-            return attention(layer, q, *self.kv[:, layer, :n, :, :longest], mask=seen)
+            q = q.view(n, k.shape[1], -1, q.shape[-1])                                                      # (n, K, H/K, d)
+            scores = torch.cat((once(q, pool[0].permute(1, 2, 0)), q @ own[0].transpose(2, 3)), -1)
+            p = torch.add(bias, scores, alpha=q.shape[-1] ** -0.5).softmax(-1).to(q.dtype)
+            return (once(p[..., :nodes], pool[1].transpose(0, 1)) + p[..., nodes:] @ own[1]).flatten(1, 2)[:, :, None]
         return attend
 
     def move(self, source: int, target: int):
-        self.kv[:, :, target], self.lengths[target] = self.kv[:, :, source], self.lengths[source]
+        self.kv[:, :, target] = self.kv[:, :, source]
+        for state in (self.lengths, self.shared, self.sees):
+            state[target] = state[source]
 
 
 # ----------------------------------------------------------------------------------------------------- tokenizer

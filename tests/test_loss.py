@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from strategies import trajectory, trajectory_sets
 
 import mmgrpo as G
+from model import TreeAttention
 from program import STATUSES, Completion
 
 VOTING = tuple(s for s in STATUSES if s != "tool_error")
@@ -236,10 +237,10 @@ def test_micro_batches_hold_every_row_once_within_the_budget(sizes, budget):
 @given(row_lists)
 def test_every_distinct_prefix_is_one_node_that_sees_its_own_tokens_in_order(rows):
     for tree in G.pack(rows, 10_000):
-        seen, prefixes = tree.mask("cpu"), []
-        for node in range(len(tree.ids)):
-            own = sorted(seen[node].nonzero()[:, 0].tolist(), key=lambda i: tree.positions[i])
-            assert own[-1] == node and [tree.positions[i] for i in own] == list(range(len(own)))
+        attend, prefixes = TreeAttention(tree.paths), []
+        for node, (block, query) in enumerate(divmod(int(i), attend.queries.shape[1]) for i in attend.where):
+            own = attend.keys[block][attend.seen[block, 0, query]].tolist()
+            assert attend.queries[block, query] == node == own[-1] and [tree.positions[i] for i in own] == list(range(len(own)))
             prefixes.append(tuple(tree.ids[i] for i in own))
         assert len(set(prefixes)) == len(prefixes)
         for row, (_, path) in zip(tree.rows, tree.paths):

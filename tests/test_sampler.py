@@ -16,6 +16,13 @@ chat = lambda text: [{"role": "user", "content": text}]
 prompts = st.lists(st.sampled_from(["a", "hello", "a longer prompt than the others", "Tarel Moro", ""]), min_size=1, max_size=7)
 
 
+@pytest.fixture(autouse=True)
+def sharing(monkeypatch):
+    """Tests may change what the sampler shares."""
+    for name in ("MIN", "MAX"):
+        monkeypatch.setattr(G.Sampler, name, getattr(G.Sampler, name))
+
+
 def sample(model, tokenizer, texts, keys=None, **options):
     """Run the requests to the end -> completions in the order of the requests."""
     sampler = G.Sampler(model, tokenizer, **{"max_tokens": 6, "slots": 3} | options)
@@ -52,11 +59,11 @@ def abrupt(tokenizer):
     return abrupt
 
 
-@settings(max_examples=25)
-@given(prompts, st.integers(1, 5), st.sampled_from([0.5, 1.0, 1.7]))
-def test_batched_sampling_equals_one_request_alone(model, abrupt, texts, slots, temperature):
-    """Same tokens, log-probs to 1e-5, whatever the batch-mates, the slots and the order of arrival."""
-    tokenizer = abrupt
+@settings(max_examples=40)
+@given(prompts, st.integers(1, 5), st.sampled_from([0.5, 1.0, 1.7]), st.sampled_from([1, 8, 16]), st.sampled_from([0, 12, 1024]))
+def test_batched_sampling_equals_one_request_alone(model, abrupt, texts, slots, temperature, shortest, room):
+    """Same tokens, log-probs to 1e-5, whatever the batch-mates, the slots, the order of arrival and the prefixes in the pool."""
+    tokenizer, G.Sampler.MIN, G.Sampler.MAX = abrupt, shortest, room
     for i, c in enumerate(sample(model, tokenizer, texts, slots=slots, temperature=temperature)):
         tokens, logprobs = slow_sample(model, tokenizer, texts[i], (i,), temperature=temperature)
         assert c.token_ids == tokens and c.prompt_ids == tokenizer.encode_chat(chat(texts[i]))
@@ -160,12 +167,19 @@ def test_ids_that_the_tokenizer_lacks_cannot_be_drawn(tokenizer):
     assert again == pytest.approx(sampled, abs=1e-5)
 
 
-def test_equal_prompts_are_prefilled_once(model, tokenizer):
-    rows = []
-    hook = model.register_forward_pre_hook(lambda m, args: rows.append(tuple(args[0].shape)))
-    sample(model, tokenizer, ["same"] * 8 + ["other"], slots=16, max_tokens=1)
+def test_every_distinct_prefix_is_prefilled_once(model, tokenizer):
+    """All but the last token of each prompt, which every request has for itself; what came before serves what comes later."""
+    G.Sampler.MIN, forwarded = 1, []
+    hook = model.register_forward_pre_hook(lambda m, args: forwarded.append(args[0].numel()))
+    sampler = G.Sampler(model, tokenizer, slots=16, max_tokens=1)
+    texts = ["Tarel Moro lies on the river"] * 8 + ["Tarel Moro lies on the sea"] * 2 + ["another"]
+    ids = [tokenizer.encode_chat(chat(t)) for t in texts]
+    for again in (texts, texts[:10]):
+        for i, t in enumerate(again):
+            sampler.submit(chat(t), (i,))
+        sampler.advance()
     hook.remove()
-    assert [r[0] for r in rows] == [2]
+    assert forwarded == [len({tuple(p[:n]) for p in ids for n in range(1, len(p))}) + 11, 10]
 
 
 def test_a_finished_slot_is_refilled_at_once(model, abrupt, monkeypatch):

@@ -384,7 +384,12 @@ def test_a_fault_in_sampler_or_trainer_trips_the_parity_gate(model, tokenizer, m
     if fault == "temperature":
         monkeypatch.setattr(G, "token_logprobs", lambda h, w, y, t: G._TokenLogprobs.apply(h, w, y, 1.0))
     if fault == "stale":
-        monkeypatch.setattr(M.KVCache, "prefill", lambda self, slots, rows: M.attention)        # the slots keep what they had
+        place = M.KVCache.place
+        def stale(self, *args):                             # the slots keep what they had
+            kept = self.kv.clone()
+            place(self, *args)
+            self.kv = kept
+        monkeypatch.setattr(M.KVCache, "place", stale)
     if fault == "nan":
         original = G.token_logprobs
         monkeypatch.setattr(G, "token_logprobs", lambda *a: original(*a) * math.nan)
