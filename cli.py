@@ -23,6 +23,7 @@ from checkpoint import read_state, states, step_of
 from mmgrpo import Config, advantages, evaluate, group_calls, play, policy_loss, weigh
 from model import CheckpointError, Tokenizer, Transformer, load_pretrained
 from program import STATUSES, Call, Completion, InputError, ProgramError, Task, Trajectory
+from prompts import load_prompts
 from report import ParityError, measure, read_metrics, show
 
 
@@ -46,7 +47,7 @@ def load_task(options: dict) -> tuple[Task, Config]:
                              f"found {value!r}")
     config = Config(**(task.defaults | options))
     if config.prompts:
-        task.program.load(config.prompts)
+        load_prompts(task.program, config.prompts)
     return task, config
 
 

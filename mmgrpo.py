@@ -50,7 +50,7 @@ class Config:
     task: str = "hover"             # hover, banking77, papillon, or a Python file with a function load(data)
     model: str = "tasks/tiny"       # checkpoint folder in Hugging Face layout
     data: str = ""                  # folder with the task's real data; empty: the miniature edition
-    prompts: str = ""               # JSON with instructions and demos, as Program.save writes it
+    prompts: str = ""               # JSON with instructions and demos, as prompts.py writes it
     out: str = ""                   # folder of the run; empty: runs/<task>
     seed: int = 0                   # everything random follows from it
     device: str = ""                # cpu or cuda; empty: cuda where there is one
@@ -135,13 +135,22 @@ def common(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
+def capture(step: Callable[[], None]) -> Callable[[], None]:
+    """A CUDA graph of the kernels that `step` launches; calling the result launches them again, on the same buffers."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
 class Sampler:
     """Continuous batching over S slots of a KV cache: waiting -> live -> done.
     Live sequences are in slots 0..n-1. Each `advance` refills free slots from the waiting prompts, then decodes a token for
-    every live one; the last moves into a finished one's slot. A prefix that two prompts share, of MIN tokens or more, is prefilled
-    once and kept in the cache's pool (of at most MAX tokens) while the weights stay as they are. Token t of a request is drawn
-    with the t-th number of a Philox stream seeded by the request's key, so its batch-mates do not matter."""
-    MIN, MAX = 16, 1024
+    every live one; the last moves into a finished one's slot. A prefix that two prompts share is prefilled once, and kept in the
+    cache's pool while the weights stay as they are: in its trunk, if it is TRUNK[0] tokens longer than what is there already and
+    there is room (TRUNK[1]), else behind it (POOL). Token t of a request is drawn with the t-th number of a Philox stream
+    seeded by the request's key, so its batch-mates do not matter."""
+    TRUNK, POOL = (64, 512), (16, 8192)
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, *, slots: int = 64, max_tokens: int = 128,
                  temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
@@ -151,15 +160,16 @@ class Sampler:
         self.waiting: deque[tuple[int, list[int], np.ndarray]] = deque()    # ticket, prompt, uniform numbers
         self.live: list[tuple[int, list[int]]] = []                         # slot -> ticket, prompt
         self.done, self.tickets, self.seconds, self.longest = [], 0, 0.0, 0
-        self.cache = KVCache(model.config, slots, self.MAX, self.device, model.head.dtype)
+        self.cache = KVCache(model.config, slots, self.TRUNK[1], self.device, model.head.dtype)
         new = lambda dtype, *shape: torch.zeros(slots, *shape, dtype=dtype, device=self.device)
         self.tokens, self.logprobs = new(torch.long, max_tokens), new(torch.float, max_tokens)
         self.uniforms, self.count, self.limit = new(torch.double, max_tokens), new(torch.long), new(torch.long)
         self.ends = torch.zeros(tokenizer.size, dtype=torch.bool, device=self.device)
         self.ends[list(tokenizer.end_ids)] = True
         self.prompts: list[list[int]] = []                                  # all prompts of these weights, in lexical order
-        self.chains: list[tuple[list[int], list[int]]] = []                 # what is in the pool: tokens from the root, their nodes
-        self.nodes = 0                                                      # how many nodes the pool has
+        self.chains: list[tuple[list[int], list[int], int]] = []            # in the pool: tokens from the root, nodes, how many in the trunk
+        self.trunk = self.pool = 0                                          # where the next nodes of either go
+        self.graphs: dict | None = {} if self.device.type == "cuda" else None
 
     def submit(self, messages: list[dict], key: tuple) -> int:
         """Take a prompt; a prompt that leaves no room in the context is done at once, with no token."""
@@ -193,8 +203,9 @@ class Sampler:
         if (version := [p._version for p in self.model.parameters()]) != self.version:      # what is cached is of other weights
             if self.live:
                 raise RuntimeError("the weights changed while the sampler had live sequences")
-            self.prompts, self.chains, self.nodes, self.version = sorted(p for _, p, _ in self.waiting), [], 0, version
-        base, shared, own, slots, ids, budget = self.nodes, [], [], [], [], 8192
+            self.prompts, self.chains, self.version = sorted(p for _, p, _ in self.waiting), [], version
+            self.trunk, self.pool = 0, self.TRUNK[1]
+        shared, own, slots, ids, budget = [], [], [], [], 8192
         while self.waiting and len(self.live) < self.slots and budget > 0:
             ticket, prompt, uniforms = self.waiting.popleft()
             slots.append(len(self.live))
@@ -204,30 +215,49 @@ class Sampler:
             i, j = bisect_left(self.prompts, prompt), bisect_left(self.chains, (prompt,))   # what shares most is a neighbour
             near = self.prompts[max(i - 1, 0):i] + self.prompts[i + 1:i + 2]
             keep = max((common(prompt[:-1], p) for p in near), default=0)
-            path = max((nodes[:common(prompt[:-1], p)] for p, nodes in self.chains[max(j - 1, 0):j + 1]), key=len, default=[])
-            if (more := keep - len(path)) >= self.MIN and self.nodes + more <= self.MAX:
-                ids += prompt[len(path):keep]
-                shared.append((len(path), path := path + [*range(self.nodes, self.nodes + more)]))
-                insort(self.chains, (prompt[:keep], path))
-                self.nodes += more
-            own.append((path, prompt[len(path):]))
-            budget -= len(own[-1][1])
-        for i, (path, rest) in enumerate(own):
-            own[i] = len(path), path + [*range(base + len(ids), base + len(ids) + len(rest))]
-            ids += rest
-        self.cache.grow(max(len(path) - n for n, path in own) + self.max_tokens, base + len(ids))
-        positions = [i for n, path in shared + own for i in range(n, len(path))]
-        tensor = lambda x: torch.tensor(x, device=self.device)
-        hidden = self.model(tensor([ids]), tensor([positions]), TreeAttention(shared + own, self.device, self.cache.pool, base))
-        self.cache.place(slots, own)
-        self._sample(hidden[0, tensor([path[-1] - base for _, path in own])], tensor(slots))
+            n, path, trunk = max(((common(prompt[:-1], p), *chain) for p, *chain in self.chains[max(j - 1, 0):j + 1]), default=(0, [], 0))
+            path, trunk, more = path[:n], min(n, trunk), keep - n
+            if more >= self.TRUNK[0] and trunk == n and self.trunk + more <= self.TRUNK[1]:
+                path, trunk, self.trunk = path + [*range(self.trunk, self.trunk + more)], keep, self.trunk + more
+            elif more >= self.POOL[0] and self.pool + more <= self.POOL[1]:
+                path, self.pool = path + [*range(self.pool, self.pool + more)], self.pool + more
+            if len(path) > n:
+                shared.append((n, path))
+                ids += prompt[n:keep]
+                insort(self.chains, (prompt[:keep], path, trunk))
+            own.append((len(path), path, trunk, prompt))
+            budget -= len(prompt) - len(path)
+        last, at = [], self.pool                            # what no other prompt has goes behind the pool, only to be copied
+        for i, (n, path, trunk, prompt) in enumerate(own):
+            own[i] = n, path + [*range(at, at := at + len(prompt) - n)], trunk
+            ids += prompt[n:]
+            last.append(len(ids) - 1)
+        self.cache.grow(max(len(path) - trunk for _, path, trunk in own) + self.max_tokens, at)
+        chains, tensor = shared + [(n, path) for n, path, _ in own], lambda x: torch.tensor(x, device=self.device)
+        positions = [i for n, path in chains for i in range(n, len(path))]
+        hidden = self.model(tensor([ids]), tensor([positions]), TreeAttention(chains, self.device, self.cache.pool))
+        self.cache.place(slots, [(trunk, path) for _, path, trunk in own])
+        self._sample(hidden[0, last], tensor(slots))
 
     def _decode(self, n: int, longest: int):
+        """One token for each of the first n slots. On CUDA in shapes that recur, each captured as a graph the second time."""
+        if self.graphs is None:
+            return self._step(n, longest, self.trunk)
+        cache = self.cache
+        key = (min(1 << (n - 1).bit_length(), self.slots), min(-(-longest // 64) * 64, cache.kv.shape[4]), self.TRUNK[1],
+               cache.kv.data_ptr(), cache.pool.data_ptr())
+        if key in self.graphs:
+            self.graphs[key] = self.graphs[key] or capture(lambda: self._step(*key[:3]))
+            return self.graphs[key]()
+        self.graphs[key] = None
+        self._step(*key[:3])
+
+    def _step(self, n: int, longest: int, trunk: int):
         slots, cache = torch.arange(n, device=self.device), self.cache
         last = self.tokens[slots, self.count[:n] - 1]
         positions = cache.shared[:n] + cache.lengths[:n]
-        hidden = self.model(last[:, None], positions[:, None], cache.decode(n, longest, self.nodes))
-        cache.lengths[:n] += 1
+        hidden = self.model(last[:, None], positions[:, None], cache.decode(n, longest, trunk))
+        cache.lengths[:n] += self.limit[:n].clamp(max=1)        # free slots in a graph's shape stay as they are
         self._sample(hidden[:, 0], slots)
 
     def _sample(self, hidden: Tensor, slots: Tensor):
@@ -236,7 +266,7 @@ class Sampler:
         logits = F.linear(hidden, self.model.head[:self.tokenizer.size])
         self.tokens[slots, at], self.logprobs[slots, at] = sample_tokens(
             logits, self.uniforms[slots, at], self.temperature, self.top_k, self.top_p)
-        self.count[slots] = at + 1
+        self.count[slots] = torch.minimum(at + 1, self.limit[slots])
 
     def _collect(self):
         """Take finished sequences out; the last live one moves into each gap."""
@@ -258,6 +288,7 @@ class Sampler:
                 self.cache.move(len(self.live), i)
                 for state in (self.tokens, self.logprobs, self.uniforms, self.count, self.limit):
                     state[i] = state[len(self.live)]
+            self.limit[len(self.live)] = self.cache.lengths[len(self.live)] = 0
         self.longest = max(lengths, default=0)
 
 

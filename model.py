@@ -1,4 +1,4 @@
-"""The language model: a decoder-only transformer, its KV cache, its tokenizer, and checkpoints in Hugging Face layout.
+"""The language model: a decoder-only transformer, its KV cache, and checkpoints in Hugging Face layout.
 
 One class covers Qwen3, Qwen2/2.5 and Llama-3.x: they differ in biases, q/k norms, the tie of the head and the RoPE
 scaling, all read from config.json. Parameters are named as on disk (but for the leading `model.`), so that loading is a
@@ -20,30 +20,13 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import jinja2
-import jinja2.sandbox
 import safetensors
 import safetensors.torch
-import tokenizers
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class CheckpointError(ValueError):
-    """A checkpoint folder that cannot be used; the message names the file and the field, tensor or token."""
-
-
-def read_json(path: Path) -> dict:
-    """The JSON object in `path`. Raises CheckpointError where the file is missing or holds something else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({e})") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
-
+from tokenizer import CheckpointError, Tokenizer, read_json
 
 # ------------------------------------------------------------------------------------------------- configuration
 @dataclass(frozen=True)
@@ -225,16 +208,17 @@ class TreeAttention:
     """`attend` for a forest of prefixes: T nodes as one sequence (1, T), in which each sees its ancestors and itself.
 
     `paths` has, for each chain of new nodes, how many nodes of its path came before and the path from its root; the new ones are
-    the next of the T, numbered from `base`. Keys and values of all nodes are in `pool` (2, layers, nodes, K, d), if there is one.
+    the next of the T. Keys and values are in `pool` (2, layers, nodes, K, d); without one, node i is the i-th of the T.
     Queries go in blocks, each with the keys of its path: the cost is that of nodes x depth, not of T x T."""
-    def __init__(self, paths: list[tuple[int, list[int]]], device=None, pool: Tensor | None = None, base: int = 0):
-        self.pool, self.base = pool, base
+    def __init__(self, paths: list[tuple[int, list[int]]], device=None, pool: Tensor | None = None):
         longest, size = max(len(path) for _, path in paths), max(len(path) - shared for shared, path in paths)
-        size = min(size, max(64, longest // 8))
-        blocks = [(i, start, path[start] - base, len(path) - start) for i, (shared, path) in enumerate(paths)
-                  for start in range(shared, len(path), size)]
+        size, blocks, new = min(size, max(64, longest // 8)), [], []
+        for i, (shared, path) in enumerate(paths):
+            blocks += [(i, start, len(new) + start - shared, len(path) - start) for start in range(shared, len(path), size)]
+            new += path[shared:]
         chain, start, first, left = torch.tensor(blocks, device=device).unbind(1)
         offset = torch.arange(size, device=device)
+        self.pool, self.new = pool, torch.tensor(new, device=device)                    # (T,) the nodes of the T
         keys = nn.utils.rnn.pad_sequence([torch.tensor(path) for _, path in paths], batch_first=True).to(device)
         self.keys = keys[chain]                                                         # (blocks, longest) nodes
         self.seen = (torch.arange(longest, device=device) <= (start[:, None] + offset)[..., None])[:, None]
@@ -245,7 +229,7 @@ class TreeAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))                             # (T, heads, d)
         if self.pool is not None:
-            self.pool[0, layer, self.base:self.base + len(k)], self.pool[1, layer, self.base:self.base + len(k)] = k, v
+            self.pool[0, layer, self.new], self.pool[1, layer, self.new] = k, v
             k, v = self.pool[:, layer]
         q, k, v = (x.index_select(0, at.flatten()).unflatten(0, at.shape).transpose(1, 2)   # (blocks, heads, …, d)
                    for x, at in ((q, self.queries), (k, self.keys), (v, self.keys)))
@@ -254,13 +238,14 @@ class TreeAttention:
 
 
 class KVCache:
-    """Keys and values of `slots` sequences: each is a path through the pool, where prefixes that sequences share are kept once,
-    and then tokens of its own: `pool` (2, layers, nodes, K, d), `sees` (slots, nodes), `shared` (slots,) the length of the path;
-    `kv` (2, layers, slots, K, size, d), `lengths` (slots,)."""
-    def __init__(self, config: ModelConfig, slots: int, nodes: int, device=None, dtype=None):
-        new = lambda *shape, dtype=dtype: torch.zeros(shape, device=device, dtype=dtype)
-        self.kv, self.pool = new(2, config.layers, slots, config.kv_heads, 0, config.head_dim), new(2, config.layers, 0, config.kv_heads, config.head_dim)
-        self.lengths, self.shared, self.sees = new(slots, dtype=torch.long), new(slots, dtype=torch.long), new(slots, nodes, dtype=torch.bool)
+    """Keys and values of prefixes and of `slots` sequences. `pool` (2, layers, nodes, K, d) holds prefixes, as nodes of a forest. The
+    first `trunk` of them are attended to where they are: of these `sees` (slots, trunk) has those of each sequence, `shared`
+    (slots,) their number. The rest of a sequence is its own: `kv` (2, layers, slots, K, size, d), `lengths` (slots,)."""
+    def __init__(self, config: ModelConfig, slots: int, trunk: int, device=None, dtype=None):
+        new = lambda *shape, dtype=torch.long: torch.zeros(shape, device=device, dtype=dtype)
+        self.kv = new(2, config.layers, slots, config.kv_heads, 0, config.head_dim, dtype=dtype)
+        self.pool = new(2, config.layers, 0, config.kv_heads, config.head_dim, dtype=dtype)
+        self.lengths, self.shared, self.sees = new(slots), new(slots), new(slots, trunk, dtype=torch.bool)
 
     def grow(self, size: int, nodes: int):
         """Make room for `size` tokens a slot and `nodes` nodes in the pool, in steps of 64 tokens and of half as much again."""
@@ -270,7 +255,7 @@ class KVCache:
             self.pool = F.pad(self.pool, (0, 0, 0, 0, 0, max(more, nodes // 2)))
 
     def place(self, slots: list[int], paths: list[tuple[int, list[int]]]):
-        """Give sequences their slots: of each path so many leading nodes stay in the pool, the rest becomes the slot's own."""
+        """Give sequences their slots: of each path so many leading nodes are in the trunk, the others are copied to be its own."""
         self.sees[slots] = False
         for slot, (shared, path) in zip(slots, paths):
             self.sees[slot, path[:shared]] = True
@@ -281,12 +266,12 @@ class KVCache:
         self.kv[:, :, slot, :, i] = self.pool[:, :, node].permute(2, 0, 1, 3, 4)
 
     def decode(self, n: int, longest: int, nodes: int):
-        """Append one token to each of the first n slots, at most `longest` of its own afterwards; attend over `nodes` of the pool,
+        """Append one token to each of the first n slots, at most `longest` of its own afterwards; attend over `nodes` of the trunk,
         as one product for all slots, and over each slot's own."""
         row, end = torch.arange(n, device=self.lengths.device), self.lengths[:n]
         seen = torch.cat((self.sees[:n, :nodes], torch.arange(longest, device=end.device) <= end[:, None]), 1)
         bias = torch.zeros(seen.shape, device=end.device).masked_fill_(~seen, -math.inf)[:, None, None]     # (n, 1, 1, nodes + longest)
-        once = lambda x, y: (x.transpose(0, 1).flatten(1, 2) @ y).unflatten(1, (n, -1)).transpose(0, 1)     # over the pool, all slots
+        once = lambda x, y: (x.transpose(0, 1).flatten(1, 2) @ y).unflatten(1, (n, -1)).transpose(0, 1)     # for all slots
         def attend(layer, q, k, v):
             own, pool = self.kv[:, layer, :n, :, :longest], self.pool[:, layer, :nodes]     # (2, n, K, longest, d), (2, nodes, K, d)
             self.kv[0, layer, row, :, end], self.kv[1, layer, row, :, end] = k[:, :, 0], v[:, :, 0]
@@ -300,91 +285,6 @@ class KVCache:
         self.kv[:, :, target] = self.kv[:, :, source]
         for state in (self.lengths, self.shared, self.sees):
             state[target] = state[source]
-
-
-# ----------------------------------------------------------------------------------------------------- tokenizer
-class Tokenizer:
-    """The checkpoint's own tokenizer.json, chat template and end tokens.
-
-    `size` is one more than the largest id; `end_ids` are all ids that end a completion; `control` maps the text of each
-    added token to its id. Raises CheckpointError naming the file that is missing, malformed or insufficient."""
-    FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
-             "chat_template.jinja")
-
-    def __init__(self, folder: str | Path):
-        folder = Path(folder)
-        self.files = {n: (folder / n).read_bytes() for n in self.FILES if (folder / n).is_file()}   # written back on save
-        raw, config, *others = (read_json(folder / n) if n == self.FILES[0] or (folder / n).is_file() else {}
-                                for n in (*self.FILES[:3], "config.json"))
-        try:
-            self.tokenizer = tokenizers.Tokenizer.from_str(json.dumps(raw))
-            # The same tokenizer without added tokens, for the text of users: to it "<|im_end|>" is ten characters.
-            self.plain = tokenizers.Tokenizer.from_str(json.dumps(raw | {"added_tokens": []}))
-        except Exception as e:                                 # the library raises bare Exception
-            raise CheckpointError(f"{folder / 'tokenizer.json'}: not a tokenizer ({e})") from None
-        self.plain.no_padding(), self.plain.no_truncation()
-        added = self.tokenizer.get_added_tokens_decoder()
-        if unfit := [t.content for t in added.values() if t.lstrip or t.rstrip or t.single_word or len(t.content) < 2
-                     or {*self.encode(t.content)} & {*added}]:
-            raise CheckpointError(f"{folder / 'tokenizer.json'}: added token {unfit[0]!r} depends on its surroundings (lstrip, rstrip "
-                                  "or single_word), is a single character, or comes of ordinary text, which is not supported")
-        self.size = max(self.tokenizer.get_vocab().values(), default=0) + 1
-        self.control = {t.content: i for i, t in added.items()}
-        self.control_pattern = re.compile("|".join(map(re.escape, sorted(self.control, key=len, reverse=True))) or r"(?!)")
-
-        special = {k: v.get("content") if isinstance(v, dict) else v for k, v in config.items() if k.endswith("_token")}
-        ids = [c.get("eos_token_id") for c in others]           # a number or a list of them, in either file
-        ends = [self.control.get(str(special.get("eos_token")))] + [i for x in ids for i in (x if type(x) is list else [x])]
-        ends = [i for i in ends if i is not None]
-        if not ends or any(type(i) is not int or not 0 <= i < self.size for i in ends):
-            raise CheckpointError(f"{folder}: end tokens: expected ids below {self.size} from eos_token_id (config.json, "
-                                  f"generation_config.json) or eos_token (tokenizer_config.json), found {ends}")
-        self.end_ids = frozenset(ends)
-        self.template = self._template(folder, config.get("chat_template"), special)
-
-    def _template(self, folder: Path, source, special: dict) -> jinja2.Template:
-        """The chat template, sandboxed from the interpreter, and without a clock: no prompt depends on the day."""
-        def refuse(message):
-            raise jinja2.TemplateError(message)
-        env = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                           extensions=["jinja2.ext.loopcontrols"])
-        env.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
-        env.globals.update(special, raise_exception=refuse)
-        try:
-            if isinstance(source, list):                       # several named templates: the default one
-                source = {t["name"]: t["template"] for t in source}["default"]
-            return env.from_string(self.files.get("chat_template.jinja", b"").decode() or source or None)
-        except (jinja2.TemplateError, TypeError, AttributeError, LookupError, UnicodeDecodeError) as e:
-            raise CheckpointError(f"{folder}: chat_template (tokenizer_config.json or chat_template.jinja): "
-                                  f"{'missing' if source is None else e}") from None
-
-    def encode(self, text: str) -> list[int]:
-        """Text -> ids, none of them a control token whatever the text says."""
-        return self.plain.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False).ids
-
-    def encode_chat(self, messages: list[dict]) -> list[int]:
-        """Messages -> prompt ids up to where the assistant begins. Control tokens come from the template alone: where a content
-        spells one, a mark that occurs nowhere else is put inside it before rendering, and taken out again after the text is
-        split at the true ones."""
-        mark = next(c for c in map(chr, range(0xE000, 0xF8FF)) if not any(c in m["content"] for m in messages))
-        def disarm(content: str) -> str:
-            while self.control_pattern.search(content):        # again, because matches may overlap
-                content = self.control_pattern.sub(lambda m: m[0][0] + mark + m[0][1:], content)
-            return content
-        try:                                                   # thinking is off: programs have a field for it
-            text = self.template.render(messages=[m | {"content": disarm(m["content"])} for m in messages],
-                                        add_generation_prompt=True, enable_thinking=False)
-        except Exception as e:                                 # whatever the template's own code raises
-            raise CheckpointError(f"chat template: {type(e).__name__}: {e}") from None
-        ids, at = [], 0
-        for m in self.control_pattern.finditer(text):
-            ids += self.encode(text[at:m.start()].replace(mark, "")) + [self.control[m[0]]]
-            at = m.end()
-        return ids + self.encode(text[at:].replace(mark, ""))
-
-    def decode(self, ids: list[int]) -> str:
-        """Ids -> text, special tokens left out."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 # --------------------------------------------------------------------------------------------------- checkpoints

@@ -32,7 +32,6 @@ import textwrap
 import threading
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable
 from xml.sax.saxutils import unescape
@@ -299,27 +298,6 @@ class Program:
                 visit(item, f"{path}.{key}" if path else str(key))
         visit(self, "")
         return found
-
-    def save(self, path: str | Path) -> None:
-        """Write every module's instruction and demos as JSON."""
-        prompts = {name: {"instruction": m.instruction, "demos": m.demos} for name, m in self.modules().items()}
-        Path(path).write_text(json.dumps(prompts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-    def load(self, path: str | Path) -> None:
-        """Read what `save` wrote. Raises InputError naming file and module, before anything is changed."""
-        modules = self.modules()
-        try:
-            prompts = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as e:
-            raise InputError(f"{path}: cannot be read as JSON ({e})") from None
-        if not isinstance(prompts, dict) or prompts.keys() != modules.keys():
-            raise InputError(f"{path}: expected an object with the modules {', '.join(modules)}")
-        for name, p in prompts.items():
-            if not (isinstance(p, dict) and isinstance(p.get("instruction"), str) and isinstance(p.get("demos"), list)
-                    and all(isinstance(d, dict) for d in p["demos"])):
-                raise InputError(f"{path}: {name}: expected an instruction (text) and demos (a list of objects)")
-        for name, p in prompts.items():
-            modules[name].instruction, modules[name].demos = p["instruction"], p["demos"]
 
 
 # ------------------------------------------------------------------------------------------------------- records

@@ -77,10 +77,10 @@ MUTANTS = [
     ("prompts are those of DSPy's XML adapter", "program.py", '"Your input fields are:', '"Your inputs are:', "program"),
     ("values that spell tags are escaped", "program.py", 'str(s).replace("&", "&amp;").replace("<", "&lt;")', "str(s)", "program"),
     # the model
-    ("text of users never becomes a control token", "model.py", 'self.plain.encode(text.encode(', 'self.tokenizer.encode(text.encode(', "model"),
-    ("contents cannot forge the template's tokens", "model.py", 'm | {"content": disarm(m["content"])}', "m", "model"),
-    ("exactly one BOS", "model.py", ".decode(), add_special_tokens=False).ids", ".decode()).ids", "model"),
-    ("templates are sandboxed", "model.py", "jinja2.sandbox.ImmutableSandboxedEnvironment(", "jinja2.Environment(", "model"),
+    ("text of users never becomes a control token", "tokenizer.py", 'self.plain.encode(text.encode(', 'self.tokenizer.encode(text.encode(', "model"),
+    ("contents cannot forge the template's tokens", "tokenizer.py", 'm | {"content": disarm(m["content"])}', "m", "model"),
+    ("exactly one BOS", "tokenizer.py", ".decode(), add_special_tokens=False).ids", ".decode()).ids", "model"),
+    ("templates are sandboxed", "tokenizer.py", "jinja2.sandbox.ImmutableSandboxedEnvironment(", "jinja2.Environment(", "model"),
     ("the past does not see the future", "model.py", "is_causal=mask is None", "is_causal=False", "model"),
     ("decoding with the cache equals the whole sequence", "model.py", "end.device) <= end[:, None])", "end.device) < end[:, None])", "model"),
     ("slots keep their own lengths", "model.py", "k[:, :, 0], v[:, :, 0]\n            return attention(layer, q, *self.kv", "k[:, :, 0].flip(0), v[:, :, 0].flip(0)\n            return attention(layer, q, *self.kv", "model"),
@@ -91,7 +91,7 @@ MUTANTS = [
     ("Qwen3 has q/k norms", "model.py", "qk_norm=qwen3", "qk_norm=False", "model"),
     ("tensors must all be known", "model.py", "sorted(wanted.keys() ^ found.keys())", "sorted(wanted.keys() - found.keys())", "model"),
     ("tensors must have their shape", "model.py", "found[name].shape != p.shape or ", "", "model"),
-    ("every file's end tokens count", "model.py", "for c in others]", "for c in others[:1]]", "model"),
+    ("every file's end tokens count", "tokenizer.py", "for c in others]", "for c in others[:1]]", "model"),
     ("a tied head that differs is refused", "model.py", "if not torch.equal(found.pop(\"lm_head.weight\")", "if not torch.is_tensor(found.pop(\"lm_head.weight\")", "model"),
     # runs on disk, faults
     ("a state is everything that the next step depends on", "checkpoint.py", "                optimizer.state[p][key] = value if", "                optimizer.state[p][key] = value * 0 if", "train"),

@@ -17,6 +17,7 @@ from conftest import ROOT, make_model
 import cli
 import model as M
 from program import InputError
+from prompts import load_prompts, save_prompts
 from tasks import banking77, hover, papillon
 
 COUNT = int(os.environ.get("FUZZ", 100))
@@ -72,7 +73,7 @@ def files(tmp_path_factory, tokenizer):
                               ("PUPA_New.csv", ["user_query", "target_response", "pii_units"], lambda i: [f"write to Ann {i}\n", "Dear", f"Ann||B{i}"])):
         with (folder / name).open("w", newline="") as f:
             csv.writer(f).writerows([header, *map(row, range(12))])
-    hover.load().program.save(folder / "prompts.json")
+    save_prompts(hover.load().program, folder / "prompts.json")
     shutil.copy(ROOT / "tests" / "conformance" / "excluded.json", folder / "group.json")
     return folder
 
@@ -86,7 +87,7 @@ def read(folder: Path, kind: str) -> None:
         model.logits(model(torch.tensor([[i % model.config.vocab_size for i in ids[:20]]])))
     elif kind == "prompts.json":
         program = hover.load().program
-        program.load(folder / kind)
+        load_prompts(program, folder / kind)
         program.generate_query.messages({"claim": "c", "key_facts": []})
     elif kind == "group.json":
         cli.run_group(str(folder / kind), cli.Config())

@@ -240,6 +240,7 @@ def test_every_distinct_prefix_is_one_node_that_sees_its_own_tokens_in_order(row
         attend, prefixes = TreeAttention(tree.paths), []
         for node, (block, query) in enumerate(divmod(int(i), attend.queries.shape[1]) for i in attend.where):
             own = attend.keys[block][attend.seen[block, 0, query]].tolist()
+            assert attend.new[node] == node
             assert attend.queries[block, query] == node == own[-1] and [tree.positions[i] for i in own] == list(range(len(own)))
             prefixes.append(tuple(tree.ids[i] for i in own))
         assert len(set(prefixes)) == len(prefixes)

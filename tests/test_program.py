@@ -17,6 +17,7 @@ from strategies import ScriptedSampler
 from program import (ChainOfThought, Completion, Field, FormatError, InputError, LengthError, Module, Prediction, Program,
                      ProgramError, Signature, ToolError, gather, parse, render, render_outputs, run_programs,
                      tool)
+from prompts import load_prompts, save_prompts
 from report import show, statuses
 
 # ---------------------------------------------------------------------------------------------- signatures, prompts
@@ -385,9 +386,9 @@ def test_demos_and_instructions_are_in_the_prompt_and_survive_saving(tmp_path):
     program = Two()
     program.first.demos = [{"x": "demo in", "y": "demo out"}]
     program.first.instruction = "Better."
-    program.save(tmp_path / "prompts.json")
+    save_prompts(program, tmp_path / "prompts.json")
     other = Two()
-    other.load(tmp_path / "prompts.json")
+    load_prompts(other, tmp_path / "prompts.json")
     sampler = ScriptedSampler(answer())
     run_programs(other, [{"x": "a"}], lambda e, p: 0.0, sampler)
     first, second = (" ".join(m["content"] for m in messages) for _, messages in sampler.asked)
@@ -402,7 +403,7 @@ def test_prompts_that_cannot_be_read_are_refused_and_change_nothing(tmp_path, te
     (tmp_path / "p.json").write_text(text)
     program = Two()
     with pytest.raises(InputError, match=culprit) as e:
-        program.load(tmp_path / "p.json")
+        load_prompts(program, tmp_path / "p.json")
     assert "p.json" in str(e.value) and program.first.instruction == "First."
 
 

@@ -19,7 +19,7 @@ prompts = st.lists(st.sampled_from(["a", "hello", "a longer prompt than the othe
 @pytest.fixture(autouse=True)
 def sharing(monkeypatch):
     """Tests may change what the sampler shares."""
-    for name in ("MIN", "MAX"):
+    for name in ("TRUNK", "POOL"):
         monkeypatch.setattr(G.Sampler, name, getattr(G.Sampler, name))
 
 
@@ -60,14 +60,31 @@ def abrupt(tokenizer):
 
 
 @settings(max_examples=40)
-@given(prompts, st.integers(1, 5), st.sampled_from([0.5, 1.0, 1.7]), st.sampled_from([1, 8, 16]), st.sampled_from([0, 12, 1024]))
-def test_batched_sampling_equals_one_request_alone(model, abrupt, texts, slots, temperature, shortest, room):
+@given(prompts, st.integers(1, 5), st.sampled_from([0.5, 1.0, 1.7]), 
+       st.sampled_from([(1, 0), (1, 12), (8, 512), (16, 512)]), st.sampled_from([(1, 520), (4, 600), (16, 8192)]))
+def test_batched_sampling_equals_one_request_alone(model, abrupt, texts, slots, temperature, trunk, pool):
     """Same tokens, log-probs to 1e-5, whatever the batch-mates, the slots, the order of arrival and the prefixes in the pool."""
-    tokenizer, G.Sampler.MIN, G.Sampler.MAX = abrupt, shortest, room
+    tokenizer, G.Sampler.TRUNK, G.Sampler.POOL = abrupt, trunk, pool
     for i, c in enumerate(sample(model, tokenizer, texts, slots=slots, temperature=temperature)):
         tokens, logprobs = slow_sample(model, tokenizer, texts[i], (i,), temperature=temperature)
         assert c.token_ids == tokens and c.prompt_ids == tokenizer.encode_chat(chat(texts[i]))
         assert c.logprobs == pytest.approx(logprobs, abs=1e-5, rel=3e-6)
+
+
+@settings(max_examples=15)
+@given(prompts, st.integers(1, 8))
+def test_decoding_in_the_shapes_of_cuda_graphs_equals_decoding_as_it_comes(model, abrupt, texts, slots):
+    """What a CUDA machine runs, without the graphs: free slots in a rounded shape touch nothing."""
+    G.Sampler.TRUNK, init = (8, 512), G.Sampler.__init__
+    want, steps = sample(model, abrupt, texts, slots=slots), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(G.Sampler, "__init__", lambda self, *a, **k: (init(self, *a, **k), setattr(self, "graphs", {}))[0])
+        patch.setattr(G, "capture", lambda step: lambda: (steps.append(1), step()))
+        got = sample(model, abrupt, texts, slots=slots)
+    assert [c.token_ids for c in got] == [c.token_ids for c in want]
+    for a, b in zip(got, want):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+    assert steps or max(len(c.token_ids) for c in want) < 4
 
 
 def scored(model, completions, temperature, tokenizer) -> tuple[list[float], list[float]]:
@@ -169,7 +186,7 @@ def test_ids_that_the_tokenizer_lacks_cannot_be_drawn(tokenizer):
 
 def test_every_distinct_prefix_is_prefilled_once(model, tokenizer):
     """All but the last token of each prompt, which every request has for itself; what came before serves what comes later."""
-    G.Sampler.MIN, forwarded = 1, []
+    G.Sampler.TRUNK, forwarded = (1, 512), []
     hook = model.register_forward_pre_hook(lambda m, args: forwarded.append(args[0].numel()))
     sampler = G.Sampler(model, tokenizer, slots=16, max_tokens=1)
     texts = ["Tarel Moro lies on the river"] * 8 + ["Tarel Moro lies on the sea"] * 2 + ["another"]
