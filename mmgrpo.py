@@ -86,7 +86,7 @@ class Config:
     warmup: int = 5                 # steps of linear warm-up
     weight_decay: float = 0.0       # of AdamW
     clip_norm: float = 1.0          # the gradient's norm is clipped to this
-    batch_tokens: int = 1024        # distinct tokens per micro-batch
+    batch_tokens: int = 2048        # distinct tokens per micro-batch
     parity: float = 0.0             # stop where sampled and trained log-probs are further apart (0: 1e-3; bfloat16: 0.5)
     # evaluation
     eval_every: int = 10            # steps between dev evaluations; before and after are always measured
@@ -419,40 +419,36 @@ def weigh(groups: list[Group], advantages: list[list[float]], trajectories: list
     return rows
 
 
-class _TokenLogprobs(torch.autograd.Function):
-    """log softmax(W h / temperature)[target], in chunks of rows: no tensor of N x V is ever held, forward or backward."""
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature):
-        rows = max(1, 2**22 // weight.shape[0])
-        lse, picked = [], []
-        for h, y in zip(hidden.split(rows), targets.split(rows)):
-            logits = F.linear(h, weight).float() / temperature                  # (rows, V)
-            lse.append(logits.logsumexp(-1))
-            picked.append(logits.gather(1, y[:, None])[:, 0])
-        lse = torch.cat(lse)
-        ctx.save_for_backward(hidden, weight, targets, lse)
-        ctx.temperature, ctx.rows = temperature, rows
-        return torch.cat(picked) - lse
-
-    @staticmethod
-    def backward(ctx, grad):
-        hidden, weight, targets, lse = ctx.saved_tensors
-        d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros(weight.shape, dtype=torch.float, device=weight.device) if ctx.needs_input_grad[1] else None
-        for i in range(0, len(hidden), ctx.rows):
-            r = slice(i, i + ctx.rows)
-            g = grad[r, None] / ctx.temperature
-            d = -torch.exp(F.linear(hidden[r], weight).float() / ctx.temperature - lse[r, None]) * g   # (one-hot - softmax) g
-            d.scatter_add_(1, targets[r, None], g)
-            d_hidden[r] = d.to(weight.dtype) @ weight
-            if d_weight is not None:
-                d_weight += d.t() @ hidden[r].float()
-        return d_hidden, d_weight if d_weight is None else d_weight.to(weight.dtype), None, None
+def _log_softmax(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float):
+    """In chunks of 256 rows: their place, all their log-probs (rows, V) and their targets (rows, 1). Nothing of N x V is held."""
+    for i in range(0, len(hidden), 256):
+        logits = F.linear(hidden[i:i + 256], weight).float().div_(temperature)
+        yield slice(i, i + 256), logits.sub_(logits.logsumexp(-1, keepdim=True)), targets[i:i + 256, None]
 
 
+@torch.no_grad()
 def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
     """hidden (N, D), weight (V, D), targets (N,) -> fp32 log-probs (N,) of the targets at the sampling temperature."""
-    return _TokenLogprobs.apply(hidden, weight, targets, temperature)
+    return torch.cat([logp.gather(1, y)[:, 0] for _, logp, y in _log_softmax(hidden, weight, targets, temperature)])
+
+
+@torch.no_grad()
+def head_gradient(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, loss: Callable[[Tensor, slice], Tensor],
+                  d_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The log-probs (N,) of the targets, and the gradient (N, D) of the sum of `loss(log-probs, their place)` over chunks with
+    respect to hidden; that with respect to weight is added to the fp32 d_weight (V, D), if there is one. As the loss is a sum over
+    tokens, its gradient is known as soon as a chunk's logits are: they are never kept, nor computed a second time."""
+    logprobs, d_hidden = [], torch.empty_like(hidden)
+    for rows, logp, y in _log_softmax(hidden, weight, targets, temperature):
+        logprobs.append(logp.gather(1, y)[:, 0])
+        with torch.enable_grad():
+            g, = torch.autograd.grad(loss(logprobs[-1].requires_grad_(), rows), logprobs[-1])
+        g = g[:, None] / temperature
+        d_logits = logp.exp_().mul_(-g).scatter_add_(1, y, g)                                       # (one-hot - softmax) g
+        d_hidden[rows] = d_logits.to(weight.dtype) @ weight
+        if d_weight is not None:
+            d_weight.addmm_(d_logits.t(), hidden[rows].float())
+    return torch.cat(logprobs).detach(), d_hidden
 
 
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weights: Tensor, clip_low: float = 0.2,
@@ -501,13 +497,19 @@ def pack(rows: list[Row], batch_tokens: int) -> list[Tree]:
     return trees
 
 
-def batch_logprobs(model: Transformer, tree: Tree, temperature: float, vocabulary: int) -> Tensor:
-    """Log-probs (N,) of the sampled tokens of a micro-batch, row after row. The state that predicts token t of a completion is
-    at position len(prompt) - 1 + t of its row; only those N states reach the vocabulary projection."""
+def predicting_states(model: Transformer, tree: Tree) -> tuple[Tensor, Tensor]:
+    """A micro-batch's sampled tokens (N,), row after row, and the states (N, D) that predict them: token t of a completion is
+    predicted at position len(prompt) - 1 + t of its row. Only these states reach the vocabulary projection."""
     tensor = lambda x: torch.tensor(x, device=model.head.device)
     hidden = model(tensor([tree.ids]), tensor([tree.positions]), TreeAttention(tree.paths, model.head.device))[0]       # (T, D)
-    targets = tensor([i for r in tree.rows for i in r.completion.token_ids])
-    return token_logprobs(hidden[tensor(tree.at)], model.head[:vocabulary], targets, temperature)
+    return tensor([i for r in tree.rows for i in r.completion.token_ids]), hidden[tensor(tree.at)]
+
+
+@torch.no_grad()
+def batch_logprobs(model: Transformer, tree: Tree, temperature: float, vocabulary: int) -> Tensor:
+    """Log-probs (N,) of a micro-batch's sampled tokens."""
+    targets, hidden = predicting_states(model, tree)
+    return token_logprobs(hidden, model.head[:vocabulary], targets, temperature)
 
 
 def step_gradient(model: Transformer, rows: list[Row], config: Config, vocabulary: int,
@@ -515,29 +517,36 @@ def step_gradient(model: Transformer, rows: list[Row], config: Config, vocabular
     """The gradient of the step's loss, one fp32 tensor per parameter, and its figures (report.Tally), module by module to see
     what each contributes. `fresh`: the weights are still those that sampled; ParityError where the log-probs disagree."""
     parameters, tally = list(model.parameters()), Tally(config, model.head.dtype, fresh)
-    total = [torch.zeros_like(p, dtype=torch.float) for p in parameters]
+    total, device = [torch.zeros_like(p, dtype=torch.float) for p in parameters], model.head.device
+    head = next((i for i, p in enumerate(parameters) if p is model.head and p.requires_grad), None)         # None: it is frozen
     for module in sorted({r.module for r in rows}):
         gradient = [torch.zeros_like(g) for g in total]
         trees = pack([r for r in rows if r.module == module], config.batch_tokens)
         while trees:
             tree = trees.pop()
             tokens = [(p, r.advantage, r.weight) for r in tree.rows for p in r.completion.logprobs]
-            old, advantage, weight = torch.tensor(tokens, device=model.head.device).unbind(1)               # (N,) each
+            old, advantage, weight = torch.tensor(tokens, device=device).unbind(1)                          # (N,) each
+            d_head = None if head is None else torch.zeros_like(total[head][:vocabulary])
             try:
-                logprobs = batch_logprobs(model, tree, config.temperature, vocabulary)
-                with torch.no_grad():
-                    ref = batch_logprobs(reference, tree, config.temperature, vocabulary) if reference else None
-                loss = policy_loss(logprobs, old, advantage, weight, config.clip_low, config.clip_high, config.beta, ref)
-                more = torch.autograd.grad(loss, parameters)
+                ref = batch_logprobs(reference, tree, config.temperature, vocabulary) if reference else None
+                loss = lambda logprobs, r: policy_loss(logprobs, old[r], advantage[r], weight[r], config.clip_low, config.clip_high,
+                                                       config.beta, ref if ref is None else ref[r])
+                targets, hidden = predicting_states(model, tree)
+                logprobs, d_hidden = head_gradient(hidden.detach(), model.head[:vocabulary], targets, config.temperature, loss, d_head)
+                more = torch.autograd.grad(hidden, parameters, d_hidden, allow_unused=True)
             except RuntimeError as e:                       # out of memory, for which torch has no one class on all devices
                 if "memory" not in str(e) or len(tree.rows) == 1:
                     raise
                 trees += pack(tree.rows, len(tree.ids) // 2)
                 tally.sums["halved"] += 1
-                logprobs = loss = None                      # frees the failed graph
+                hidden = d_hidden = None                    # frees the failed graph
                 continue
-            tally.batch(tree, loss.item(), logprobs.detach(), old, advantage, ref)
-            torch._foreach_add_(gradient, [g.float() for g in more])
+            tally.batch(tree, loss(logprobs, slice(None)).item(), logprobs, old, advantage, ref)
+            for g, m in zip(gradient, more):
+                if m is not None:                           # an untied head is no part of the states' graph
+                    g += m
+            if d_head is not None:
+                gradient[head][:vocabulary] += d_head
         tally.norms[module] = torch.stack(torch._foreach_norm(gradient)).norm().item()
         torch._foreach_add_(total, gradient)
     return total, tally.figures()

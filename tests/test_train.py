@@ -382,7 +382,8 @@ def test_a_fault_in_sampler_or_trainer_trips_the_parity_gate(model, tokenizer, m
         shifted = lambda positions: None if positions is None else positions + (positions.shape[1] == 1)        # when decoding
         monkeypatch.setattr(M.Transformer, "forward", lambda self, ids, positions=None, *a, **k: forward(self, ids, shifted(positions), *a, **k))
     if fault == "temperature":
-        monkeypatch.setattr(G, "token_logprobs", lambda h, w, y, t: G._TokenLogprobs.apply(h, w, y, 1.0))
+        head = G.head_gradient
+        monkeypatch.setattr(G, "head_gradient", lambda h, w, y, t, *rest: head(h, w, y, 1.0, *rest))
     if fault == "stale":
         place = M.KVCache.place
         def stale(self, *args):                             # the slots keep what they had
@@ -391,8 +392,8 @@ def test_a_fault_in_sampler_or_trainer_trips_the_parity_gate(model, tokenizer, m
             self.kv = kept
         monkeypatch.setattr(M.KVCache, "place", stale)
     if fault == "nan":
-        original = G.token_logprobs
-        monkeypatch.setattr(G, "token_logprobs", lambda *a: original(*a) * math.nan)
+        original = G.head_gradient
+        monkeypatch.setattr(G, "head_gradient", lambda *a: (original(*a)[0] * math.nan, original(*a)[1]))
     with pytest.raises(ParityError, match=r"example \d, rollout \d, (first|second)\[\d\]: token \d+ \(id \d+\): log-prob .* when sampled"):
         one_step(model, tokenizer, dataclasses.replace(CONFIG, temperature=0.7, max_tokens=16, slots=4))
 
@@ -418,7 +419,7 @@ def test_a_micro_batch_that_does_not_fit_is_halved_and_changes_nothing(model, to
 def test_a_row_that_does_not_fit_alone_is_an_error(model, tokenizer, monkeypatch, noisy):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setattr(G, "token_logprobs", full)
+    monkeypatch.setattr(G, "head_gradient", full)
     with pytest.raises(torch.OutOfMemoryError):
         one_step(model, tokenizer)
 
