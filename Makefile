@@ -3,7 +3,7 @@ TASK ?= hover
 PY := .venv/bin/python
 option = $(if $($(1)),--$(2) $($(1)))
 
-.PHONY: train eval show pretrain test mutants conformance oracle resume-check fuzz test-peers clean
+.PHONY: train eval show pretrain test mutants conformance oracle resume-check fuzz test-peers bench clean
 
 # Train the task's program with mmGRPO; everything the run leaves is in runs/TASK.
 train: .venv/ready
@@ -24,6 +24,10 @@ test: .venv/ready
 # The same against transformers, DSPy and TRL themselves, in an environment of their own.
 test-peers: .venv-peers/ready
 	.venv-peers/bin/python -m pytest --override-ini addopts=-q tests/peers $(ARGS)
+
+# Time and memory beside TRL and transformers, into results/bench.json (about 15 minutes; FIGURES="decode …" for some of them).
+bench: .venv-peers/ready
+	.venv-peers/bin/python tests/bench.py $(FIGURES)
 
 # Break the line that guards each law, one at a time; every one must turn a test red (about 10 minutes).
 mutants: .venv/ready

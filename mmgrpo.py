@@ -147,10 +147,9 @@ class Sampler:
     """Continuous batching over S slots of a KV cache: waiting -> live -> done.
     Live sequences are in slots 0..n-1. Each `advance` refills free slots from the waiting prompts, then decodes a token for
     every live one; the last moves into a finished one's slot. A prefix that two prompts share is prefilled once, and kept in the
-    cache's pool while the weights stay as they are: in its trunk, if it is TRUNK[0] tokens longer than what is there already and
-    there is room (TRUNK[1]), else behind it (POOL). Token t of a request is drawn with the t-th number of a Philox stream
-    seeded by the request's key, so its batch-mates do not matter."""
-    TRUNK, POOL = (64, 512), (16, 8192)
+    cache's pool while the weights stay as they are. Token t of a request is drawn with the t-th number of a Philox stream seeded
+    by the request's key, so its batch-mates do not matter."""
+    TRUNK, POOL = (64, 512), (16, 8192)     # so many tokens longer is worth keeping, there; up to this node of the pool
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, *, slots: int = 64, max_tokens: int = 128,
                  temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
@@ -167,7 +166,7 @@ class Sampler:
         self.ends = torch.zeros(tokenizer.size, dtype=torch.bool, device=self.device)
         self.ends[list(tokenizer.end_ids)] = True
         self.prompts: list[list[int]] = []                                  # all prompts of these weights, in lexical order
-        self.chains: list[tuple[list[int], list[int], int]] = []            # in the pool: tokens from the root, nodes, how many in the trunk
+        self.chains: list[tuple[list[int], list[int], int]] = []            # in the pool: tokens, nodes, those in the trunk
         self.trunk = self.pool = 0                                          # where the next nodes of either go
         self.graphs: dict | None = {} if self.device.type == "cuda" else None
 
@@ -198,6 +197,23 @@ class Sampler:
         done, self.done = self.done, []
         return done
 
+    def _share(self, prompt: list[int]) -> tuple[int, list[int], int]:
+        """What of a prompt is, or now gets, nodes in the pool: how many of its tokens were there, the nodes of these and the new
+        ones, how many of all are in the trunk. New are those of the prefix that another prompt has too."""
+        i, j = bisect_left(self.prompts, prompt), bisect_left(self.chains, (prompt,))       # what shares most is a neighbour
+        near = self.prompts[max(i - 1, 0):i] + self.prompts[i + 1:i + 2]
+        keep = max((common(prompt[:-1], p) for p in near), default=0)
+        there = self.chains[max(j - 1, 0):j + 1]
+        n, path, trunk = max(((common(prompt[:-1], p), *chain) for p, *chain in there), default=(0, [], 0))
+        path, trunk, more = path[:n], min(n, trunk), keep - n
+        if more >= self.TRUNK[0] and trunk == n and self.trunk + more <= self.TRUNK[1]:
+            path, trunk, self.trunk = path + [*range(self.trunk, self.trunk + more)], keep, self.trunk + more
+        elif more >= self.POOL[0] and self.pool + more <= self.POOL[1]:
+            path, self.pool = path + [*range(self.pool, self.pool + more)], self.pool + more
+        if len(path) > n:
+            insort(self.chains, (prompt[:keep], path, trunk))
+        return n, path, trunk
+
     def _admit(self):
         """Prefill waiting prompts, every distinct prefix once, and sample the first token of each."""
         if (version := [p._version for p in self.model.parameters()]) != self.version:      # what is cached is of other weights
@@ -205,38 +221,30 @@ class Sampler:
                 raise RuntimeError("the weights changed while the sampler had live sequences")
             self.prompts, self.chains, self.version = sorted(p for _, p, _ in self.waiting), [], version
             self.trunk, self.pool = 0, self.TRUNK[1]
-        shared, own, slots, ids, budget = [], [], [], [], 8192
+        chains, ids, taken, places, last, budget = [], [], [], [], [], 8192
         while self.waiting and len(self.live) < self.slots and budget > 0:
             ticket, prompt, uniforms = self.waiting.popleft()
-            slots.append(len(self.live))
-            self.uniforms[slots[-1], :len(uniforms)] = torch.from_numpy(uniforms)
-            self.count[slots[-1]], self.limit[slots[-1]] = 0, len(uniforms)
+            slot = len(self.live)
+            self.uniforms[slot, :len(uniforms)] = torch.from_numpy(uniforms)
+            self.count[slot], self.limit[slot] = 0, len(uniforms)
             self.live.append((ticket, prompt))
-            i, j = bisect_left(self.prompts, prompt), bisect_left(self.chains, (prompt,))   # what shares most is a neighbour
-            near = self.prompts[max(i - 1, 0):i] + self.prompts[i + 1:i + 2]
-            keep = max((common(prompt[:-1], p) for p in near), default=0)
-            n, path, trunk = max(((common(prompt[:-1], p), *chain) for p, *chain in self.chains[max(j - 1, 0):j + 1]), default=(0, [], 0))
-            path, trunk, more = path[:n], min(n, trunk), keep - n
-            if more >= self.TRUNK[0] and trunk == n and self.trunk + more <= self.TRUNK[1]:
-                path, trunk, self.trunk = path + [*range(self.trunk, self.trunk + more)], keep, self.trunk + more
-            elif more >= self.POOL[0] and self.pool + more <= self.POOL[1]:
-                path, self.pool = path + [*range(self.pool, self.pool + more)], self.pool + more
+            n, path, trunk = self._share(prompt)
             if len(path) > n:
-                shared.append((n, path))
-                ids += prompt[n:keep]
-                insort(self.chains, (prompt[:keep], path, trunk))
-            own.append((len(path), path, trunk, prompt))
-            budget -= len(prompt) - len(path)
-        last, at = [], self.pool                            # what no other prompt has goes behind the pool, only to be copied
-        for i, (n, path, trunk, prompt) in enumerate(own):
-            own[i] = n, path + [*range(at, at := at + len(prompt) - n)], trunk
-            ids += prompt[n:]
+                chains.append((n, path))
+                ids += prompt[n:len(path)]
+            taken.append((slot, prompt, path, trunk))
+            budget -= len(prompt) - n
+        at = self.pool                                      # what no other prompt has goes behind the pool, only to be copied
+        for _, prompt, path, trunk in taken:
+            chains.append((len(path), whole := path + [*range(at, at := at + len(prompt) - len(path))]))
+            places.append((trunk, whole))
+            ids += prompt[len(path):]
             last.append(len(ids) - 1)
-        self.cache.grow(max(len(path) - trunk for _, path, trunk in own) + self.max_tokens, at)
-        chains, tensor = shared + [(n, path) for n, path, _ in own], lambda x: torch.tensor(x, device=self.device)
+        self.cache.grow(max(len(path) - trunk for trunk, path in places) + self.max_tokens, at)
+        tensor, slots = lambda x: torch.tensor(x, device=self.device), [slot for slot, *_ in taken]
         positions = [i for n, path in chains for i in range(n, len(path))]
         hidden = self.model(tensor([ids]), tensor([positions]), TreeAttention(chains, self.device, self.cache.pool))
-        self.cache.place(slots, [(trunk, path) for _, path, trunk in own])
+        self.cache.place(slots, places)
         self._sample(hidden[0, last], tensor(slots))
 
     def _decode(self, n: int, longest: int):
@@ -278,7 +286,7 @@ class Sampler:
             (ticket, prompt), count, stop = self.live[i], counts[i], bool(ended[i])
             ids, logprobs = self.tokens[i, :count].tolist(), self.logprobs[i, :count].tolist()
             if not math.isfinite(sum(logprobs)):
-                raise FloatingPointError("the LM's logits are not finite: a broken checkpoint, a diverged run (--lr), or a tiny --temperature")
+                raise FloatingPointError("the LM's logits are not finite: broken weights, a diverged run (--lr) or a tiny --temperature")
             text = self.tokenizer.decode(ids[:count - stop])
             self.done.append((ticket, Completion(prompt, ids, logprobs, "stop" if stop else "length", text)))
             last = self.live.pop()

@@ -270,7 +270,7 @@ class KVCache:
         as one product for all slots, and over each slot's own."""
         row, end = torch.arange(n, device=self.lengths.device), self.lengths[:n]
         seen = torch.cat((self.sees[:n, :nodes], torch.arange(longest, device=end.device) <= end[:, None]), 1)
-        bias = torch.zeros(seen.shape, device=end.device).masked_fill_(~seen, -math.inf)[:, None, None]     # (n, 1, 1, nodes + longest)
+        bias = torch.zeros(seen.shape, device=end.device).masked_fill_(~seen, -math.inf)[:, None, None]     # (n, 1, 1, all)
         once = lambda x, y: (x.transpose(0, 1).flatten(1, 2) @ y).unflatten(1, (n, -1)).transpose(0, 1)     # for all slots
         def attend(layer, q, k, v):
             own, pool = self.kv[:, layer, :n, :, :longest], self.pool[:, layer, :nodes]     # (2, n, K, longest, d), (2, nodes, K, d)

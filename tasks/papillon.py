@@ -6,14 +6,20 @@ share of the private details that stand in the request.
 
 In the miniature edition the untrusted LM is a rule: it writes a fitting closing line, which the reply needs and which
 only it knows, if the request says what the letter is about. Quality is the share of the target's parts (the addressee,
-the line) in the reply. The real edition (`load(folder)`) reads PUPA_New.csv; there the untrusted LM echoes the request
-and quality is word overlap with the target response: stand-ins without an LM, until an endpoint takes their place.
+the line) in the reply.
+
+The real edition (`load(folder)`) reads PUPA_New.csv. Its LMs are behind OpenAI-compatible endpoints, named by two environment
+variables, each an address and a model, MMGRPO_UNTRUSTED="http://localhost:8000/v1 some-model" and MMGRPO_JUDGE; the judge compares
+the response with the target in both orders, and counts the private details that the request gives away. Without them there
+are stand-ins: the untrusted LM echoes the request, quality is word overlap with the target, leakage is a string match.
 """
+import os
 import random
 import re
 from pathlib import Path
 
-from program import ChainOfThought, Prediction, Program, Task, tool
+from endpoint import Endpoint
+from program import ChainOfThought, InputError, Prediction, Program, Signature, Task, gather, tool
 from tasks.files import read_rows, splits, text
 from tasks.world import Names
 
@@ -78,6 +84,40 @@ class Reward:
         return (self.quality(example, prediction) + 1 - leakage(example, prediction)) / 2
 
 
+COMPARE = Signature("user_query, response_a, response_b -> better: Literal['A', 'B', 'equal']", (
+    "Which of the two responses serves the user better? Judge help and truth, not length. Say equal where neither does."))
+LEAKS = Signature("request, private_details: list[str] -> count: int", (
+    "A request is about to be sent to somebody who must not learn the private details. How many of them does it give away, literally "
+    "or so that they can be guessed? Answer with a number."))
+
+
+class Judged:
+    """The reward from a judge, an LM behind an endpoint: quality is the share of both orders in which the response is not judged
+    worse than the target (so a judge that prefers a place gives one half), leakage the share of private details given away."""
+    def __init__(self, judge: Endpoint):
+        self.judge = judge
+
+    async def __call__(self, example: dict, prediction: Prediction) -> dict:
+        ask = lambda signature, **inputs: tool(lambda: self.judge.predict(signature, **inputs))
+        compare = lambda a, b: ask(COMPARE, user_query=example["user_query"], response_a=a, response_b=b)
+        first, second, leaks = await gather(
+            compare(prediction.response, example["target"]), compare(example["target"], prediction.response),
+            ask(LEAKS, request=prediction.llm_request, private_details=example["pii"]))
+        quality = ((first.better != "B") + (second.better != "A")) / 2
+        leaked = min(max(leaks.count / len(example["pii"]), 0.0), 1.0)
+        return {"reward": (quality + 1 - leaked) / 2, "quality": quality, "leakage_judged": leaked,
+                "leakage_string": leakage(example, prediction)}
+
+
+def endpoint(variable: str) -> Endpoint | None:
+    """The endpoint that an environment variable names ("ADDRESS MODEL"); its answers are kept in .cache/. Raises InputError."""
+    if not (value := os.environ.get(variable)):
+        return None
+    if len(parts := value.split()) != 2:
+        raise InputError(f"{variable}: expected an address and a model, found {value!r}")
+    return Endpoint(*parts, cache=".cache")
+
+
 # ------------------------------------------------------------------------------------------- the miniature edition
 
 KINDS = ("letter", "note", "card", "message")
@@ -140,5 +180,6 @@ def _load_real(folder: Path) -> Task:
     examples = [{"user_query": row["user_query"], "target": row["target_response"],
                  "pii": [unit for unit in row["pii_units"].split("||") if unit]} for row in rows]
     random.Random("papillon").shuffle(examples)
-    return Task(Papillon(lambda request: request), Reward(quality_of_words), *splits(folder, examples, 111, 221, 221),
+    untrusted, judge = endpoint("MMGRPO_UNTRUSTED") or (lambda request: request), endpoint("MMGRPO_JUDGE")
+    return Task(Papillon(untrusted), Judged(judge) if judge else Reward(quality_of_words), *splits(folder, examples, 111, 221, 221),
                 {"max_tokens": 128, "max_calls": 2})

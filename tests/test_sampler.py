@@ -242,6 +242,17 @@ def test_after_an_update_nothing_cached_survives(model, tokenizer):
     assert after == run(G.Sampler(model, tokenizer, slots=3, max_tokens=6)) and after != before
 
 
+def test_weights_that_change_under_live_sequences_are_an_error(model, tokenizer):
+    sampler = G.Sampler(model, tokenizer, slots=3, max_tokens=600)
+    sampler.submit(chat("hello"), (0,))
+    sampler.advance()
+    with torch.no_grad():
+        model.norm.weight.mul_(0.5)
+    sampler.submit(chat("hello"), (1,))
+    with pytest.raises(RuntimeError, match="the weights changed"):
+        sampler.advance()
+
+
 def test_ids_are_never_decoded_and_encoded_again(model, tokenizer):
     """A random LM samples ids that its own tokenizer would never give for the text; they are trained as sampled."""
     completions = sample(model, tokenizer, ["a"] * 12, slots=12)

@@ -1,0 +1,89 @@
+"""LMs behind an OpenAI-compatible endpoint: an untrusted LM, a judge, an LM that writes prompts. They are tools, never trained.
+
+    ask = Endpoint("http://localhost:8000/v1", "some-model")
+    text = ask("Write a line about rivers.")                    # a user message, or a list of messages
+    answer = ask.predict(Signature("question -> answer: bool"), question="Is the sky blue?").answer
+
+In a program: `await tool(ask, request)`; what fails there is a tool_error of its run. The key comes from the environment
+variable OPENAI_API_KEY and is neither logged nor stored.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import httpx
+
+from program import InputError, Prediction, Signature, ToolError, parse, render
+
+AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)       # statuses worth another try
+
+
+class Endpoint:
+    """Chat completions of one model. Safe to call from several threads; at most `concurrency` requests are under way.
+
+    Raises ToolError, with what the server said, where no answer came after `retries` more tries (a connection that fails or
+    takes more than `timeout` seconds, one of the statuses AGAIN, an answer that is no chat completion; waits double from one
+    second to thirty, or are what Retry-After asks for), at once where another try cannot help. With `cache`, a folder, an answer
+    to a request made before, with the same model and options, is read from there."""
+    def __init__(self, url: str, model: str, *, timeout: float = 60.0, retries: int = 4, concurrency: int = 8,
+                 cache: str | Path | None = None, wait: float = 1.0, **options):
+        if not url.startswith(("http://", "https://")):
+            raise InputError(f"endpoint {url!r}: expected an address that begins with http:// or https://")
+        self.url, self.model, self.retries, self.wait = url.rstrip("/") + "/chat/completions", model, retries, wait
+        self.options = {"temperature": 0.0, "max_tokens": 512} | options
+        self.cache, self.free = cache and Path(cache), threading.BoundedSemaphore(concurrency)
+        self.client = httpx.Client(timeout=timeout)
+
+    def __call__(self, messages: str | list[dict], **options) -> str:
+        messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        body = {"model": self.model, "messages": messages} | self.options | options
+        stored = None
+        if self.cache:
+            stored = self.cache / (hashlib.sha256(json.dumps([self.url, body], sort_keys=True).encode()).hexdigest() + ".json")
+            try:
+                if isinstance(text := json.loads(stored.read_text(encoding="utf-8")), str):
+                    return text
+            except (OSError, ValueError):                   # not asked before, or damaged: ask
+                pass
+        with self.free:
+            text = self._ask(body)
+        if stored:
+            self.cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=self.cache, delete=False, encoding="utf-8") as file:
+                json.dump(text, file, ensure_ascii=False)
+            os.replace(file.name, stored)                   # whole, or not there
+        return text
+
+    def _ask(self, body: dict) -> str:
+        key = os.environ.get("OPENAI_API_KEY")
+        for left in range(self.retries, -1, -1):
+            pause = min(self.wait * 2 ** (self.retries - left), 30.0)
+            try:
+                answer = self.client.post(self.url, json=body, headers={"Authorization": f"Bearer {key}"} if key else {})
+                if answer.status_code == 200:
+                    text = answer.json()["choices"][0]["message"]["content"]
+                    if isinstance(text, str):
+                        return text
+                    raise ValueError(f"content is {type(text).__name__}")
+                error = f"status {answer.status_code}: {' '.join(answer.text.split())[:200]}"
+                if answer.status_code not in AGAIN:
+                    break
+                asked = answer.headers.get("retry-after", "")
+                pause = min(float(asked), 60.0) if asked.isdecimal() else pause
+            except httpx.HTTPError as e:
+                error = f"{type(e).__name__}: {e}"
+            except (ValueError, LookupError, TypeError) as e:
+                error = f"not a chat completion ({type(e).__name__}: {e})"
+            if left:
+                time.sleep(pause)
+        raise ToolError(f"{self.url}: {error.replace(key, '***') if key else error}")
+
+    def predict(self, signature: Signature, instruction: str | None = None, **inputs) -> Prediction:
+        """The output fields of a signature. Raises FormatError where the answer has them not."""
+        return Prediction(parse(signature, self(render(signature, inputs, instruction))))
