@@ -86,7 +86,7 @@ class Config:
     warmup: int = 5                 # steps of linear warm-up
     weight_decay: float = 0.0       # of AdamW
     clip_norm: float = 1.0          # the gradient's norm is clipped to this
-    batch_tokens: int = 2048        # distinct tokens per micro-batch
+    batch_tokens: int = 1536        # distinct tokens per micro-batch
     parity: float = 0.0             # stop where sampled and trained log-probs are further apart (0: 1e-3; bfloat16: 0.5)
     # evaluation
     eval_every: int = 10            # steps between dev evaluations; before and after are always measured
