@@ -3,7 +3,7 @@ TASK ?= hover
 PY := .venv/bin/python
 option = $(if $($(1)),--$(2) $($(1)))
 
-.PHONY: train eval show pretrain test mutants conformance oracle resume-check fuzz test-peers bench clean
+.PHONY: train eval show data pretrain test mutants conformance oracle resume-check fuzz test-peers bench clean
 
 # Train the task's program with mmGRPO; everything the run leaves is in runs/TASK.
 train: .venv/ready
@@ -13,6 +13,10 @@ train: .venv/ready
 # Score a checkpoint (MODEL=runs/hover/last) on a split (ARGS="--split test"); show one run on one example as a trace.
 eval show: .venv/ready
 	$(PY) mmgrpo.py $@ --task $(TASK) $(call option,MODEL,model) $(call option,DATA,data) $(ARGS)
+
+# Download the published data sets into DATA (data/), with sizes and checksums.
+data: .venv/ready
+	$(PY) tasks/data.py $(or $(DATA),data)
 
 # Rebuild the tiny LM in tasks/tiny from nothing (about 40 minutes on two cores).
 pretrain: .venv/ready

@@ -22,8 +22,8 @@ import torch
 import mmgrpo
 from checkpoint import read_state, states, step_of
 from mmgrpo import Config, advantages, evaluate, group_calls, play, policy_loss, weigh
-from lora import load_adapter
-from model import CheckpointError, Tokenizer, Transformer, load_pretrained
+from lora import load_adapter, lora_layers, merged
+from model import CheckpointError, Tokenizer, Transformer, load_pretrained, save_pretrained
 from program import STATUSES, Call, Completion, InputError, ProgramError, Task, Trajectory
 from prompts import load_prompts
 from report import ParityError, measure, read_metrics, show
@@ -192,6 +192,17 @@ def run_show(task: Task, config: Config) -> str:
 LOGPROBS = ["logprobs", "old_logprobs", "ref_logprobs"]     # what a call may carry, a number for each sampled token
 
 
+def run_merge(adapter: str, out: str, config: Config) -> str:
+    """Add a LoRA adapter into the weights it belongs to; write them as an ordinary checkpoint."""
+    model, tokenizer = load_model(dataclasses.replace(config, model=adapter))
+    if not lora_layers(model):
+        raise InputError(f"{adapter}: holds no adapter")
+    if Path(out).exists():
+        raise InputError(f"{out}: is there already")
+    save_pretrained(merged(model), tokenizer, out)
+    return f"{out}: {adapter} merged, in {config.dtype}"
+
+
 def read_trajectories(path: str) -> tuple[list[Trajectory], dict[int, dict]]:
     """The input of `group` (README, "Grouping trajectories made elsewhere") -> trajectories, and each completion's log-probs
     by id(completion). Raises InputError naming file and field."""
@@ -265,9 +276,9 @@ def parse_arguments(argv: list[str]) -> tuple[str, list]:
     """argv -> (command, the arguments of its function)."""
     parser = argparse.ArgumentParser(prog="mmgrpo.py", usage="mmgrpo.py COMMAND [FILE …] [--option VALUE …]", description=(
         mmgrpo.__doc__.split("\n\n")[1] + " Defaults are in brackets; a task may have its own, and a flag beats both."))
-    parser.add_argument("command", choices=("train", "eval", "show", "group", "replay"))
+    parser.add_argument("command", choices=("train", "eval", "show", "group", "replay", "merge"))
     parser.add_argument("files", nargs="*", help="of group: a JSON file of trajectories, or - for standard input; of replay: the "
-                                                 "folder of a run and one of its steps")
+                                                 "folder of a run and one of its steps; of merge: the folder of a LoRA adapter and a new one")
     source = Path(sys.modules[Config.__module__].__file__).read_text(encoding="utf-8").split("class Config:")[1]
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", source, re.M))     # each field's comment is its help
     for f in dataclasses.fields(Config):
@@ -277,7 +288,7 @@ def parse_arguments(argv: list[str]) -> tuple[str, list]:
                             help=f"{comments[f.name].replace('%', '%%')} [{f.default}]")
     given = vars(parser.parse_args(argv))
     command, files = given.pop("command"), given.pop("files")
-    takes = {"group": "FILE", "replay": "RUN STEP"}.get(command, "")
+    takes = {"group": "FILE", "replay": "RUN STEP", "merge": "ADAPTER OUT"}.get(command, "")
     if len(files) != len(takes.split()) or command == "replay" and not files[1].isdecimal():
         parser.error(f"{command} takes {takes or 'options only'}")
     return command, [*files, Config(**given)] if takes else [*load_task(given)]
@@ -286,7 +297,8 @@ def parse_arguments(argv: list[str]) -> tuple[str, list]:
 def main(argv: list[str]) -> int:
     try:
         command, arguments = parse_arguments(argv)
-        run = {"train": run_train, "eval": run_eval, "show": run_show, "group": run_group, "replay": run_replay}[command]
+        run = {"train": run_train, "eval": run_eval, "show": run_show, "group": run_group, "replay": run_replay,
+               "merge": run_merge}[command]
         print(run(*arguments))
         return 0
     except (InputError, CheckpointError, ProgramError, ParityError, FloatingPointError, OSError) as e:

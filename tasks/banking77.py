@@ -104,8 +104,11 @@ def load(folder: str = "") -> Task:
 
 # ------------------------------------------------------------------------------------------------- the real edition
 
-def _load_real(folder: Path) -> Task:
-    """250 train, 500 dev and 500 test queries, as many as in the paper, drawn from train.csv."""
+SIZES = 250, 500, 500       # train, dev and test of the real edition, as in the paper
+
+
+def read(folder: Path) -> tuple[list[str], list[dict]]:
+    """The labels, and the queries of train.csv in an order fixed by a seed: first those of the three splits, then the others."""
     path = folder / "categories.json"
     try:
         labels = json.loads(path.read_text(encoding="utf-8"))
@@ -116,4 +119,9 @@ def _load_real(folder: Path) -> Task:
     rows = read_rows(folder / "train.csv", {"text": text, "category": lambda label: label in labels})
     examples = [{"text": row["text"].strip(), "intent": row["category"]} for row in rows]
     random.Random("banking77").shuffle(examples)
-    return Task(Classify(tuple(labels)), exact_match, *splits(folder, examples, 250, 500, 500), {"max_tokens": 48, "max_calls": 1})
+    return labels, examples
+
+
+def _load_real(folder: Path) -> Task:
+    labels, examples = read(folder)
+    return Task(Classify(tuple(labels)), exact_match, *splits(folder, examples, *SIZES), {"max_tokens": 48, "max_calls": 1})

@@ -9,6 +9,7 @@ The miniature edition is a fictional wiki with real BM25 retrieval. The real one
 (lines of title and text) with HotpotQA's questions.jsonl (question, titles) or HoVer's hover_*.json (claim,
 supporting_facts).
 """
+import hashlib
 import random
 from pathlib import Path
 
@@ -71,14 +72,22 @@ STOPWORDS = "a an the of in on at is was are were by that which who and to from 
 
 
 class Search:
-    """BM25 (k1 0.9, b 0.4) over articles {title: text}; the title counts once more, in front of the text."""
-    def __init__(self, articles: dict[str, str], documents: int = 3):
+    """BM25 (k1 0.9, b 0.4) over articles {title: text}; the title counts once more, in front of the text. With `kept`, a folder,
+    the index is built once, saved there and mapped into memory from then on."""
+    def __init__(self, articles: dict[str, str], documents: int = 3, kept: Path | None = None):
         self.articles, self.titles, self.documents = articles, list(articles), min(documents, len(articles))
+        if kept and kept.is_dir():
+            self.index = bm25s.BM25.load(kept, mmap=True)
+            return
         self.index = bm25s.BM25(k1=0.9, b=0.4)
-        self.index.index(self._tokens([f"{t} {t} {text}" for t, text in articles.items()]), show_progress=False)
+        self.index.index(self._tokens([f"{t} {t} {text}" for t, text in articles.items()], bool(kept)), show_progress=bool(kept))
+        if kept:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            self.index.save(part := kept.with_name(kept.name + ".part"))
+            part.rename(kept)                               # whole, or not there
 
-    def _tokens(self, texts: list[str]):
-        return bm25s.tokenize(texts, stopwords=STOPWORDS, return_ids=False, show_progress=False)
+    def _tokens(self, texts: list[str], progress: bool = False):
+        return bm25s.tokenize(texts, stopwords=STOPWORDS, return_ids=False, show_progress=progress)
 
     def __call__(self, query: str) -> list[tuple[str, str]]:
         """The best `documents` articles as (title, text), best first; those that share no word with it are left out."""
@@ -233,4 +242,8 @@ def _load_real(folder: Path) -> Task:
     if len(known) < 4:
         raise InputError(f"{folder}: corpus.jsonl holds the articles of only {len(known)} of {len(claims)} claims")
     random.Random("hover").shuffle(known)
-    return Task(ResearchHop(Search(articles)), recall, *splits(folder, known, 500, 250, 250), {"max_tokens": 96, "max_calls": 6})
+    kept = None
+    if len(articles) > 100_000:                             # worth keeping; under the corpus' own digest
+        with (folder / "corpus.jsonl").open("rb") as file:
+            kept = Path(".cache") / f"bm25-{hashlib.file_digest(file, 'blake2b').hexdigest()[:16]}"
+    return Task(ResearchHop(Search(articles, kept=kept)), recall, *splits(folder, known, 500, 250, 250), {"max_tokens": 96, "max_calls": 6})

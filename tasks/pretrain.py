@@ -187,11 +187,12 @@ TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|i
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
-def build_tokenizer(folder: Path) -> Tokenizer:
-    """Train a byte-level BPE on a sample of the text; write tokenizer.json and its companions."""
-    writer = Writer(random.Random("tokenizer"))
-    texts = [t for _ in range(25) for messages, completion in writer.calls()
-             for t in [*(m["content"] for m in messages), *completion]] + [" ".join(WORDS)] * 60
+def build_tokenizer(folder: Path, texts: list[str] | None = None) -> Tokenizer:
+    """Train a byte-level BPE on these texts, or a sample of the LM's; write tokenizer.json and its companions."""
+    if texts is None:
+        writer = Writer(random.Random("tokenizer"))
+        texts = [t for _ in range(25) for messages, completion in writer.calls()
+                 for t in [*(m["content"] for m in messages), *completion]] + [" ".join(WORDS)] * 60
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(tokenizers.Regex(PATTERN), "isolated"),
                                                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])

@@ -137,6 +137,12 @@ def test_a_run_with_lora_is_saved_resumed_and_loaded(tokenizer, tmp_path):
     again, _ = cli.load_model(dataclasses.replace(config, model=str(tmp_path / "whole" / "last")))
     assert all(map(torch.equal, M.trainable(ends[0]), M.trainable(again)))
     assert not (tmp_path / "whole" / "last" / "model.safetensors").exists()
+    merge = ["merge", str(tmp_path / "whole" / "last"), str(tmp_path / "merged")]
+    assert cli.main(merge) == 0 and cli.main(merge) == 2    # the second finds it there already
+    whole, _ = M.load_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        torch.testing.assert_close(whole(IDS), again(IDS), atol=1e-4, rtol=1e-4)
+    assert cli.main(["merge", str(ROOT / "tasks" / "tiny"), str(tmp_path / "x")]) == 2
 
 
 def test_what_cannot_be_used_is_refused_by_name(tokenizer, tmp_path):

@@ -222,3 +222,42 @@ def test_the_published_data_itself_is_read(name, task, sizes):
         pytest.skip(f"no published {name} data beside the project")
     t = task.load(str(folder))
     assert (len(t.train), len(t.dev), len(t.test)) == sizes
+
+
+def test_an_index_that_was_kept_finds_what_a_fresh_one_does(tmp_path):
+    articles = {f"title {i}": f"text of {w}" for i, w in enumerate("river town bread song lamp river".split())}
+    fresh, kept, again = hover.Search(articles), hover.Search(articles, kept=tmp_path / "a" / "index"), hover.Search(articles, kept=tmp_path / "a" / "index")
+    assert (tmp_path / "a" / "index").is_dir() and not list((tmp_path / "a").glob("*.part"))
+    for query in ("river", "bread and song", "title 3", "nothing"):
+        assert fresh(query) == kept(query) == again(query)
+
+
+def test_published_data_is_fetched_checked_and_refused_by_name(tmp_path):
+    """From a server in the test: a good file, one that is not as published, one that is not there; what is whole stays."""
+    import functools
+    import hashlib
+    import http.server
+    import threading
+
+    from tasks.data import download
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "good.csv").write_text("text,category")
+    (tmp_path / "there" / "bad.csv").write_text("something else")
+    asked = []
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, form, *args):
+            asked.append(args[0])
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=tmp_path / "there"))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url, digest = f"http://127.0.0.1:{server.server_port}/", hashlib.sha256(b"text,category").hexdigest()
+    files = {f"d/{n}.csv": (f"{url}{n}.csv", 13, digest) for n in ("good", "bad", "gone")} | {"d/any.csv": (f"{url}bad.csv", None, None)}
+    failed = download(tmp_path, files)
+    assert len(failed) == 2 and "bad.csv: ValueError: not as published" in failed[0] and "404" in failed[1]
+    assert all(f"put there what is at {url}" in line for line in failed)
+    assert (tmp_path / "d" / "good.csv").read_text() == "text,category" and (tmp_path / "d" / "any.csv").exists()
+    assert not (tmp_path / "d" / "bad.csv").exists()
+    asked.clear()
+    download(tmp_path, files)
+    assert not any("good" in a or "any" in a for a in asked)
+    server.shutdown()
+    assert "ConnectError" in download(tmp_path, {"x.csv": ("http://127.0.0.1:9/x.csv", None, None)})[0]
