@@ -60,7 +60,10 @@ def load_model(config: Config) -> tuple[Transformer, Tokenizer]:
     except (RuntimeError, AssertionError) as e:
         raise InputError(f"--device {device}: {e}") from None
     path, dtype = fetch(config.model), getattr(torch, config.dtype)
-    model, tokenizer = (load_adapter if (path / "adapter_config.json").is_file() else load_pretrained)(path, device, dtype)
+    if (path / "adapter_config.json").is_file():
+        model, tokenizer = load_adapter(path, device, dtype, fetch)
+    else:
+        model, tokenizer = load_pretrained(path, device, dtype)
     model.checkpointing = config.checkpointing
     return model, tokenizer
 
@@ -75,7 +78,7 @@ def fetch(name: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
     except Exception as e:                                  # no network, no such name, no permission: many classes
-        raise InputError(f"--model {name}: is no folder here, and the hub gave none ({type(e).__name__}: {str(e).splitlines()[0]}); "
+        raise InputError(f"--model {name}: is no folder here, and the hub gave none ({type(e).__name__}: {str(e).split(chr(10))[0]}); "
                          "offline, give a folder with config.json, tokenizer.json and *.safetensors") from None
 
 

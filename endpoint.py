@@ -55,13 +55,16 @@ class Endpoint:
             text = self._ask(body)
         if stored:
             self.cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.cache, delete=False, encoding="utf-8") as file:
-                json.dump(text, file, ensure_ascii=False)
+            with tempfile.NamedTemporaryFile("w", dir=self.cache, delete=False) as file:
+                json.dump(text, file)
             os.replace(file.name, stored)                   # whole, or not there
         return text
 
     def _ask(self, body: dict) -> str:
-        key = os.environ.get("OPENAI_API_KEY")
+        key = (os.environ.get("OPENAI_API_KEY") or "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise ToolError("OPENAI_API_KEY: holds characters that no header can carry")
+        hide = lambda text: text.replace(key, "***") if key else text
         for left in range(self.retries, -1, -1):
             pause = min(self.wait * 2 ** (self.retries - left), 30.0)
             try:
@@ -71,18 +74,18 @@ class Endpoint:
                     if isinstance(text, str):
                         return text
                     raise ValueError(f"content is {type(text).__name__}")
-                error = f"status {answer.status_code}: {' '.join(answer.text.split())[:200]}"
+                error = f"status {answer.status_code}: {hide(' '.join(answer.text.split()))[:200]}"
                 if answer.status_code not in AGAIN:
                     break
                 asked = answer.headers.get("retry-after", "")
                 pause = min(float(asked), 60.0) if asked.isdecimal() else pause
             except httpx.HTTPError as e:
                 error = f"{type(e).__name__}: {e}"
-            except (ValueError, LookupError, TypeError) as e:
+            except (ValueError, LookupError, TypeError, RecursionError) as e:
                 error = f"not a chat completion ({type(e).__name__}: {e})"
             if left:
                 time.sleep(pause)
-        raise ToolError(f"{self.url}: {error.replace(key, '***') if key else error}")
+        raise ToolError(f"{self.url}: {hide(error)}")
 
     def predict(self, signature: Signature, instruction: str | None = None, **inputs) -> Prediction:
         """The output fields of a signature. Raises FormatError where the answer has them not."""

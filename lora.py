@@ -11,6 +11,7 @@ import copy
 import json
 import math
 from pathlib import Path
+from typing import Callable
 
 import safetensors
 import safetensors.torch
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import Transformer, load_pretrained
+from program import InputError
 from tokenizer import CheckpointError, Tokenizer, read_json
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -49,11 +51,11 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def add_lora(model: Transformer, rank: int, alpha: float, dropout: float = 0.0, targets: tuple[str, ...] = TARGETS, seed: int = 0) -> None:
-    """Freeze the model and put LoRA on every linear layer that `targets` names; B is 0, so nothing changes yet. Raises ValueError
-    naming a target that the model lacks."""
-    found = [(parent, name, m) for parent in model.modules() for name, m in parent.named_children() if isinstance(m, nn.Linear)]
-    if odd := set(targets) - {name for _, name, _ in found} or (set() if targets else {"(none)"}):
-        raise ValueError(f"LoRA target {min(odd)!r}: the model's linear layers are {', '.join(sorted({n for _, n, _ in found}))}")
+    """Freeze the model and put LoRA on every linear layer that `targets` names; B is 0, so nothing changes yet. Raises InputError
+    naming a target that is none of TARGETS."""
+    found = [(parent, name, m) for parent in model.modules() for name, m in parent.named_children() if name in TARGETS]
+    if odd := set(targets) - set(TARGETS) or (set() if targets else {"(none)"}):
+        raise InputError(f"LoRA target {min(odd)!r} is none of {', '.join(TARGETS)}")
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for parent, name, layer in found:
@@ -111,21 +113,22 @@ def save_adapter(model: Transformer, tokenizer: Tokenizer, path: str | Path, bas
     (folder / "adapter_model.safetensors.new").replace(folder / "adapter_model.safetensors")
 
 
-def load_adapter(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Transformer, Tokenizer]:
-    """What `save_adapter` or PEFT wrote -> the base model with that LoRA, and its tokenizer. Raises CheckpointError naming the
-    file and the field or tensor that cannot be used."""
+def load_adapter(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32,
+                 fetch: Callable[[str], Path] = Path) -> tuple[Transformer, Tokenizer]:
+    """What `save_adapter` or PEFT wrote -> the base model with that LoRA, and its tokenizer; `fetch` finds the base's folder.
+    Raises CheckpointError naming the file and the field or tensor that cannot be used."""
     folder = Path(path)
     where, raw = folder / "adapter_config.json", read_json(folder / "adapter_config.json")
-    kinds = {"base_model_name_or_path": str, "r": int, "lora_alpha": (int, float), "target_modules": list}
-    for key, kind in kinds.items():
-        if not isinstance(raw.get(key), kind) or isinstance(raw.get(key), bool):
-            raise CheckpointError(f"{where}: {key}: found {raw.get(key)!r}")
-    for key, plain in (("peft_type", ("LORA",)), ("bias", ("none", None)), ("use_dora", (False, None)), ("use_rslora", (False, None)),
-                       ("rank_pattern", ({}, None)), ("alpha_pattern", ({}, None)), ("modules_to_save", ([], None)),
-                       ("layers_to_transform", ([], None)), ("fan_in_fan_out", (False, None))):
-        if raw.get(key) not in plain:
-            raise CheckpointError(f"{where}: {key} {raw[key]!r} is not supported")
-    model, tokenizer = load_pretrained(raw["base_model_name_or_path"], device, dtype)
+    number = lambda x, low, high: type(x) in (int, float) and low <= x <= high
+    good = {"base_model_name_or_path": lambda x: isinstance(x, str), "r": lambda x: type(x) is int and 0 < x <= 65536,
+            "lora_alpha": lambda x: number(x, 0, 1e9), "lora_dropout": lambda x: x is None or number(x, 0, 0.999),
+            "target_modules": lambda x: isinstance(x, list), "peft_type": lambda x: x == "LORA", "bias": lambda x: x in ("none", None),
+            "init_lora_weights": lambda x: x in (True, False, None, "gaussian")}        # others change the base as well
+    told = ("task_type", "inference_mode", "revision", "auto_mapping", "peft_version", "megatron_core", "runtime_config")   # change nothing
+    for key in good.keys() | raw.keys():
+        if not good[key](raw.get(key)) if key in good else raw[key] and key not in told:
+            raise CheckpointError(f"{where}: {key}: {raw.get(key)!r} is not supported")
+    model, tokenizer = load_pretrained(fetch(raw["base_model_name_or_path"]), device, dtype)
     try:
         add_lora(model, raw["r"], raw["lora_alpha"], raw.get("lora_dropout") or 0.0, tuple(map(str, raw["target_modules"])))
         tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")

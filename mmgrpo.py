@@ -51,7 +51,7 @@ def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_k: in
     never drawn. Temperature 0 takes the most likely token, with log-prob 0. Where logits are not finite, so is the log-prob."""
     if temperature == 0:
         best, token = logits.max(-1)
-        return token, best * 0
+        return token, best.float() * 0
     logits = logits.float() / temperature
     if top_k or top_p < 1:
         p, order = logits.softmax(-1).sort(-1, descending=True)
@@ -72,7 +72,7 @@ def common(a: list[int], b: list[int]) -> int:
 def capture(step: Callable[[], None]) -> Callable[[], None]:
     """A CUDA graph of the kernels that `step` launches; calling the result launches them again, on the same buffers."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):        # tools run in threads of their own
         step()
     return graph.replay
 
@@ -80,8 +80,8 @@ def capture(step: Callable[[], None]) -> Callable[[], None]:
 class Sampler:
     """Continuous batching over S slots of a KV cache: waiting -> live -> done.
     Live sequences are in slots 0..n-1. Each `advance` refills free slots from the waiting prompts, then decodes a token for
-    every live one; the last moves into a finished one's slot. A prefix that two prompts share is prefilled once, and kept in the
-    cache's pool while the weights stay as they are. Token t of a request is drawn with the t-th number of a Philox stream seeded
+    every live one; the last moves into a finished one's slot. A prefix that two prompts share, and that is long enough, is kept in
+    the cache's pool from the second one on, while the weights stay as they are. Token t of a request is drawn with the t-th number of a Philox stream seeded
     by the request's key, so its batch-mates do not matter."""
     TRUNK, POOL = (64, 512), (16, 8192)     # so many tokens longer is worth keeping, there; up to this node of the pool
 
@@ -121,6 +121,11 @@ class Sampler:
     def advance(self) -> list[tuple[int, Completion]]:
         """Refill the slots, decode a token; return the requests that are done as (ticket, Completion)."""
         began = time.perf_counter()
+        if (version := [p._version for p in self.model.parameters()]) != self.version:      # what is cached is of other weights
+            if self.live:
+                raise RuntimeError("the weights changed while the sampler had live sequences")
+            self.prompts, self.chains, self.version = sorted(p for _, p, _ in self.waiting), [], version
+            self.trunk, self.pool = 0, self.TRUNK[1]
         while self.waiting and len(self.live) < self.slots:
             self._admit()
         self._collect()
@@ -150,11 +155,6 @@ class Sampler:
 
     def _admit(self):
         """Prefill waiting prompts, every distinct prefix once, and sample the first token of each."""
-        if (version := [p._version for p in self.model.parameters()]) != self.version:      # what is cached is of other weights
-            if self.live:
-                raise RuntimeError("the weights changed while the sampler had live sequences")
-            self.prompts, self.chains, self.version = sorted(p for _, p, _ in self.waiting), [], version
-            self.trunk, self.pool = 0, self.TRUNK[1]
         chains, ids, taken, places, last, budget = [], [], [], [], [], 8192
         while self.waiting and len(self.live) < self.slots and budget > 0:
             ticket, prompt, uniforms = self.waiting.popleft()
@@ -174,7 +174,8 @@ class Sampler:
             places.append((trunk, whole))
             ids += prompt[len(path):]
             last.append(len(ids) - 1)
-        self.cache.grow(max(len(path) - trunk for trunk, path in places) + self.max_tokens, at)
+        if self.cache.grow(max(len(path) - trunk for trunk, path in places) + self.max_tokens, at) and self.graphs:
+            self.graphs.clear()                             # they are of the old buffers
         tensor, slots = lambda x: torch.tensor(x, device=self.device), [slot for slot, *_ in taken]
         positions = [i for n, path in chains for i in range(n, len(path))]
         hidden = self.model(tensor([ids]), tensor([positions]), TreeAttention(chains, self.device, self.cache.pool))
@@ -185,14 +186,12 @@ class Sampler:
         """One token for each of the first n slots. On CUDA in shapes that recur, each captured as a graph the second time."""
         if self.graphs is None:
             return self._step(n, longest, self.trunk)
-        cache = self.cache
-        key = (min(1 << (n - 1).bit_length(), self.slots), min(-(-longest // 64) * 64, cache.kv.shape[4]), self.TRUNK[1],
-               cache.kv.data_ptr(), cache.pool.data_ptr())
+        key = min(1 << (n - 1).bit_length(), self.slots), min(-(-longest // 64) * 64, self.cache.kv.shape[4]), self.TRUNK[1]
         if key in self.graphs:
-            self.graphs[key] = self.graphs[key] or capture(lambda: self._step(*key[:3]))
+            self.graphs[key] = self.graphs[key] or capture(lambda: self._step(*key))
             return self.graphs[key]()
         self.graphs[key] = None
-        self._step(*key[:3])
+        self._step(*key)
 
     def _step(self, n: int, longest: int, trunk: int):
         slots, cache = torch.arange(n, device=self.device), self.cache
@@ -230,7 +229,8 @@ class Sampler:
                 self.cache.move(len(self.live), i)
                 for state in (self.tokens, self.logprobs, self.uniforms, self.count, self.limit):
                     state[i] = state[len(self.live)]
-            self.limit[len(self.live)] = self.cache.lengths[len(self.live)] = 0
+            for state in (self.limit, self.count, self.cache.lengths):
+                state[len(self.live)] = 0
         self.longest = max(lengths, default=0)
 
 
@@ -400,7 +400,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weig
         L = - sum_t w_t [ min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A) - beta KL_t ]          (Eq. 7)
     KL is the k3 estimator r - log r - 1 with r = pi_ref / pi (http://joschu.net/blog/kl-approx.html): never negative; over
     tokens sampled from pi its mean is KL(pi || pi_ref), but its gradient's mean is that of KL(pi_ref || pi)."""
-    ratio = torch.exp(logprobs - old_logprobs)      # 1 on fresh rollouts, its gradient that of log pi; clipping acts later on
+    ratio = torch.exp(logprobs - old_logprobs)      # 1 on fresh rollouts (but for dropout), its gradient that of log pi
     gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
     if beta:
         log_r = ref_logprobs - logprobs
@@ -545,7 +545,7 @@ def train_step(model, tokenizer, optimizer, reference, task: Task, config: Confi
                            f"({', '.join(f'{n} {s}' for s, n in statuses(trajectories).items() if n)}; the first: "
                            f"{trajectories[0].error or 'no LM calls'})")
     began = time.perf_counter()
-    torch.manual_seed(config.seed * 1_000_003 + step)           # for LoRA's dropout; all else has seeds of its own
+    torch.manual_seed((config.seed * 1_000_003 + step) % 2**63)         # for LoRA's dropout; all else has seeds of its own
     groups = group_calls(trajectories, config.short_groups, config.group_size, config.level, (config.seed, step))
     values = advantages(groups, trajectories, config.baseline, config.leave_one_out, config.scale_rewards)
     rows = weigh(groups, values, trajectories, config.normalize, config.max_tokens)
@@ -577,7 +577,9 @@ def train(task: Task, model: Transformer, tokenizer: Tokenizer, config: Config, 
     for name, wrong in (("top_k", config.top_k), ("top_p", config.top_p < 1), ("temperature", config.temperature == 0)):
         if wrong:
             raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: for evaluation only; what is sampled is trained")
-    if config.lora_rank and not lora_layers(model):
+    if lora_layers(model):
+        raise InputError(f"--model {config.model}: is a LoRA adapter; merge it first (`merge ADAPTER OUT`), then train what came of it")
+    if config.lora_rank:
         add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, tuple(config.lora_targets.split(",")), config.seed)
     save = partial(save_adapter, base=config.model) if config.lora_rank else save_pretrained
     optimizer, reference = prepare(model, config)               # before load_state: the reference is the start, always

@@ -171,7 +171,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A decoder-only transformer. It has no dropout and no train mode: sampling and scoring are the same function."""
+    """A decoder-only transformer. It has no train mode: sampling and scoring are the same function (but for LoRA's dropout)."""
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config, self.checkpointing = config, False
@@ -256,12 +256,14 @@ class KVCache:
         self.pool = new(2, config.layers, 0, config.kv_heads, config.head_dim, dtype=dtype)
         self.lengths, self.shared, self.sees = new(slots), new(slots), new(slots, trunk, dtype=torch.bool)
 
-    def grow(self, size: int, nodes: int):
-        """Make room for `size` tokens a slot and `nodes` nodes in the pool, in steps of 64 tokens and of half as much again."""
-        if (more := size - self.kv.shape[4]) > 0:
-            self.kv = F.pad(self.kv, (0, 0, 0, -(-more // 64) * 64))
+    def grow(self, size: int, nodes: int) -> bool:
+        """Make room for `size` tokens a slot and `nodes` nodes in the pool, in steps of 64 tokens and of half as much again; say
+        whether there was need to."""
+        if (tokens := size - self.kv.shape[4]) > 0:
+            self.kv = F.pad(self.kv, (0, 0, 0, -(-tokens // 64) * 64))
         if (more := nodes - self.pool.shape[2]) > 0:
             self.pool = F.pad(self.pool, (0, 0, 0, 0, 0, max(more, nodes // 2)))
+        return max(tokens, more) > 0
 
     def place(self, slots: list[int], paths: list[tuple[int, list[int]]]):
         """Give sequences their slots: of each path so many leading nodes are in the trunk, the others are copied to be its own."""

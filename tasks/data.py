@@ -56,12 +56,16 @@ def download(folder: Path, files: dict = FILES) -> list[str]:
     archive = folder / "hover" / "wiki.abstracts.2017.tar.gz"
     corpus = folder / "hover" / "corpus.jsonl"
     if archive.is_file() and not corpus.is_file():          # one jsonl of titles and texts, whose lines the task reads
-        with tarfile.open(archive) as tar, corpus.with_suffix(".part").open("wb") as out:
-            member = next(m for m in tar if m.isfile() and m.name.endswith(".jsonl"))
-            for line in tqdm(tar.extractfile(member), desc="corpus.jsonl", unit=" articles", unit_scale=True, disable=None):
-                row = json.loads(line)                      # its text is a list of sentences
-                out.write(json.dumps({"title": row["title"], "text": " ".join(row["text"]) or row["title"]}).encode() + b"\n")
-        corpus.with_suffix(".part").replace(corpus)
+        try:
+            with tarfile.open(archive) as tar, corpus.with_suffix(".part").open("wb") as out:
+                member = next(m for m in tar if m.isfile() and m.name.endswith(".jsonl"))
+                for line in tqdm(tar.extractfile(member), desc="corpus.jsonl", unit=" articles", unit_scale=True, disable=None):
+                    row = json.loads(line)                  # its text is a list of sentences
+                    out.write(json.dumps({"title": row["title"], "text": " ".join(row["text"]) or row["title"]}).encode() + b"\n")
+            corpus.with_suffix(".part").replace(corpus)
+        except (tarfile.TarError, OSError, StopIteration, ValueError, LookupError, TypeError) as e:
+            archive.unlink()                                # to be had again
+            failed.append(f"{archive}: {type(e).__name__}: {e}; put there what is at {files['hover/wiki.abstracts.2017.tar.gz'][0]}")
     return failed
 
 

@@ -9,8 +9,10 @@ The miniature edition is a fictional wiki with real BM25 retrieval. The real one
 (lines of title and text) with HotpotQA's questions.jsonl (question, titles) or HoVer's hover_*.json (claim,
 supporting_facts).
 """
+import contextlib
 import hashlib
 import random
+import tempfile
 from pathlib import Path
 
 import bm25s
@@ -83,8 +85,9 @@ class Search:
         self.index.index(self._tokens([f"{t} {t} {text}" for t, text in articles.items()], bool(kept)), show_progress=bool(kept))
         if kept:
             kept.parent.mkdir(parents=True, exist_ok=True)
-            self.index.save(part := kept.with_name(kept.name + ".part"))
-            part.rename(kept)                               # whole, or not there
+            self.index.save(part := Path(tempfile.mkdtemp(dir=kept.parent)))
+            with contextlib.suppress(OSError):              # another process was first
+                part.rename(kept)                           # whole, or not there
 
     def _tokens(self, texts: list[str], progress: bool = False):
         return bm25s.tokenize(texts, stopwords=STOPWORDS, return_ids=False, show_progress=progress)

@@ -3,7 +3,7 @@
     python tests/bench.py [FIGURE …]        # `make bench`; prints a table and writes results/bench.json
 
 The LM is the one in tasks/tiny (1.1M parameters, Qwen3, width 128, 4 layers, vocabulary 2,048), in fp32. Unless said otherwise: 4
-prompts of about 190 tokens with one instruction, 8 rollouts each, 64 tokens sampled, end tokens ignored. Every figure is a median.
+prompts of 175 to 182 tokens with one instruction, 8 rollouts each, 64 tokens sampled, end tokens ignored. Every figure is a median.
 `ratio` says how many times faster (or smaller) than the peer ours is; of update_half_dead, modules_8_vs_1, rollouts_16_vs_8 and
 the loss rows it is our cost relative to the reference. Every figure's `what` says what `ours` and `peer` are, and in which unit.
 """
@@ -337,7 +337,7 @@ LOSSES = {"ours": fused_loss, "naive": naive_loss, "trl": trl_loss}
 
 def loss_case(vocabulary: int, tokens: int, width: int = 128):
     torch.manual_seed(0)
-    hidden, weight, targets = torch.randn(tokens, width), torch.randn(vocabulary, width) * 0.05, torch.randint(0, vocabulary, (tokens,))
+    hidden, weight, targets = torch.randn(tokens, width), torch.randn(vocabulary, width).mul_(0.05), torch.randint(0, vocabulary, (tokens,))
     old, advantage = torch.randn(tokens) * 0.1 - np.log(vocabulary), torch.randn(tokens)
     per_token = lambda x, rows: G.policy_loss(x, old[rows], advantage[rows], torch.full_like(x, 1 / tokens))
     return hidden, weight, targets, per_token

@@ -51,6 +51,13 @@ MUTANTS = [
     ("nothing cached outlives the weights it was made with", "mmgrpo.py", "for p in self.model.parameters()]) != self.version:", "for p in self.model.parameters()]) and not self.version:", "sampler"),
     ("free slots in a graph's shape stay as they are", "mmgrpo.py", "self.limit[:n].clamp(max=1)", "1", "sampler"),
     ("a frozen head has no gradient buffer", "mmgrpo.py", "if p is model.head and p.requires_grad), None)", "if p is model.head), None)", "loss"),
+    ("free slots in a graph's shape are as new", "mmgrpo.py", "for state in (self.limit, self.count, self.cache.lengths):", "for state in (self.limit, self.cache.lengths):", "sampler"),
+    ("the judge's places are told apart", "tasks/papillon.py", '((first.better != "B") + (second.better != "A")) / 2', '((first.better != "A") + (second.better != "B")) / 2', "tasks"),
+    ("the base never moves under LoRA", "lora.py", "    model.requires_grad_(False)\n", "", "lora"),
+    ("off, LoRA is not there", "lora.py", "        if self.on:", "        if True:", "lora"),
+    ("LoRA's dropout is in the update alone", "lora.py", "training=torch.is_grad_enabled() and self.dropout > 0", "training=self.dropout > 0", "lora"),
+    ("the key of an endpoint is not told", "endpoint.py", 'text.replace(key, "***") if key else text', "text", "endpoint"),
+    ("an endpoint's answers are kept apart by server and options", "endpoint.py", "json.dumps([self.url, body], sort_keys=True)", "json.dumps(messages)", "endpoint"),
     # groups and advantages
     ("groups are keyed by invocation", "mmgrpo.py", "places[module, k][i] = (c,)", "places[module, 0][i] = (c,)", "grouping"),
     ("groups are keyed by module", "mmgrpo.py", "made[i][call.module].append(c)", 'made[i]["m"].append(c)', "grouping"),

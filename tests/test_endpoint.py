@@ -78,6 +78,18 @@ def test_what_cannot_pass_is_not_tried_again_and_the_key_is_not_told(serve, monk
     assert len(requests) == 1
 
 
+def test_a_key_that_cannot_be_sent_is_not_told_either(serve, monkeypatch):
+    url, requests = serve(lambda body: (401, {}, "x" * 195 + "sk-secret" + body["model"]))
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")     # as a file may end
+    with pytest.raises(ToolError) as error:
+        Endpoint(url, "m")("hi")
+    assert "sk-s" not in str(error.value) and requests[0][1]["Authorization"] == "Bearer sk-secret"
+    for odd in ("sk-\nsecret", "sk-sécret"):
+        monkeypatch.setenv("OPENAI_API_KEY", odd)
+        with pytest.raises(ToolError, match="OPENAI_API_KEY: holds characters that no header can carry"):
+            Endpoint(url, "m")("hi")
+
+
 def test_a_server_that_hangs_or_is_not_there_is_a_tool_error(serve):
     url, _ = serve(lambda body: time.sleep(5) or said("late"))
     began = time.monotonic()

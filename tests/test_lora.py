@@ -15,7 +15,7 @@ import cli
 import mmgrpo as G
 import model as M
 from lora import TARGETS, LoRALinear, WithoutLoRA, add_lora, load_adapter, lora_layers, merged, save_adapter
-from program import Completion
+from program import Completion, InputError
 
 LORA = dataclasses.replace(CONFIG, lora_rank=4, lora_alpha=8.0, lr=1e-2, warmup=0)
 IDS = torch.arange(3, 33)[None]
@@ -135,6 +135,8 @@ def test_a_run_with_lora_is_saved_resumed_and_loaded(tokenizer, tmp_path):
         ends.append(model)
     assert all(map(torch.equal, M.trainable(ends[0]), M.trainable(ends[1])))
     again, _ = cli.load_model(dataclasses.replace(config, model=str(tmp_path / "whole" / "last")))
+    with pytest.raises(InputError, match="is a LoRA adapter; merge it first"):      # not trained as if it were a whole model
+        G.train(TASK_OF_FACTS, again, tokenizer, CONFIG, tmp_path / "whole")
     assert all(map(torch.equal, M.trainable(ends[0]), M.trainable(again)))
     assert not (tmp_path / "whole" / "last" / "model.safetensors").exists()
     merge = ["merge", str(tmp_path / "whole" / "last"), str(tmp_path / "merged")]
@@ -146,8 +148,9 @@ def test_a_run_with_lora_is_saved_resumed_and_loaded(tokenizer, tmp_path):
 
 
 def test_what_cannot_be_used_is_refused_by_name(tokenizer, tmp_path):
-    with pytest.raises(ValueError, match="LoRA target 'wq'.*down_proj"):
-        add_lora(make_model(), 4, 8.0, targets=("q_proj", "wq"))
+    for target in ("wq", "lm_head"):
+        with pytest.raises(InputError, match=f"LoRA target '{target}'.*down_proj"):
+            add_lora(make_model(tie_word_embeddings=False), 4, 8.0, targets=("q_proj", target))
     M.save_pretrained(make_model(vocab_size=tokenizer.size), tokenizer, tmp_path / "base")
     model, _ = M.load_pretrained(tmp_path / "base")
     add_lora(model, 4, 8.0)
@@ -155,8 +158,10 @@ def test_what_cannot_be_used_is_refused_by_name(tokenizer, tmp_path):
     raw = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     tensors = safetensors.torch.load_file(tmp_path / "a" / "adapter_model.safetensors")
     name = min(tensors)
-    for change, culprit in (({"r": "4"}, "r: found '4'"), ({"use_dora": True}, "use_dora"), ({"peft_type": "IA3"}, "peft_type"), ({"r": 0}, "adapter|tensor|zero"),
-                            ({"target_modules": ["wq"]}, "'wq'"), ({"base_model_name_or_path": "no/where"}, "no/where"), ({"r": 5}, "tensor")):
+    for change, culprit in (({"r": "4"}, "r: '4'"), ({"use_dora": True}, "use_dora"), ({"peft_type": "IA3"}, "peft_type"), ({"r": 0}, "r: 0"),
+                            ({"target_modules": ["wq"]}, "'wq'"), ({"base_model_name_or_path": "no/where"}, "no/where"), ({"r": 5}, "tensor"),
+                            ({"init_lora_weights": "pissa"}, "pissa"), ({"lora_alpha": float("nan")}, "lora_alpha"), ({"lora_dropout": 2}, "lora_dropout"),
+                            ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"), ({"something_new": [1]}, "something_new")):
         (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(raw | change))
         with pytest.raises(M.CheckpointError, match=culprit):
             load_adapter(tmp_path / "a")
@@ -168,6 +173,25 @@ def test_what_cannot_be_used_is_refused_by_name(tokenizer, tmp_path):
     (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"x")
     with pytest.raises(M.CheckpointError):
         load_adapter(tmp_path / "a")
+
+
+def test_the_base_of_an_adapter_is_found_where_models_are(tokenizer, tmp_path, monkeypatch):
+    """A hub name in the adapter is fetched as --model would be; the shipped LM is found from any folder."""
+    M.save_pretrained(make_model(vocab_size=tokenizer.size), tokenizer, tmp_path / "base")
+    model, _ = M.load_pretrained(tmp_path / "base")
+    add_lora(model, 4, 8.0)
+    save_adapter(model, tokenizer, tmp_path / "a", "some/lm")
+    asked = []
+    monkeypatch.setattr(cli.huggingface_hub, "snapshot_download", lambda name, **_: asked.append(name) or str(tmp_path / "base"))
+    again, _ = cli.load_model(dataclasses.replace(CONFIG, model=str(tmp_path / "a")))
+    assert asked == ["some/lm"] and torch.equal(again(IDS), model(IDS))
+    monkeypatch.chdir(tmp_path)
+    assert cli.fetch("tasks/tiny") == ROOT / "tasks" / "tiny" and cli.fetch("base").is_dir()
+    def offline(name, **_):
+        raise OSError("no network")
+    monkeypatch.setattr(cli.huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(InputError, match="--model some/other: is no folder here, and the hub gave none .OSError: no network.; offline, give"):
+        cli.fetch("some/other")
 
 
 def test_a_deep_copy_is_a_model_of_its_own():

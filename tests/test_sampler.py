@@ -71,16 +71,18 @@ def test_batched_sampling_equals_one_request_alone(model, abrupt, texts, slots, 
         assert c.logprobs == pytest.approx(logprobs, abs=1e-5, rel=3e-6)
 
 
-@settings(max_examples=15)
-@given(prompts, st.integers(1, 8))
-def test_decoding_in_the_shapes_of_cuda_graphs_equals_decoding_as_it_comes(model, abrupt, texts, slots):
+@settings(max_examples=20)
+@given(prompts, st.integers(1, 8), st.sampled_from([1, 8]))
+def test_decoding_in_the_shapes_of_cuda_graphs_equals_decoding_as_it_comes(model, abrupt, texts, slots, times):
     """What a CUDA machine runs, without the graphs: free slots in a rounded shape touch nothing."""
     G.Sampler.TRUNK, init = (8, 512), G.Sampler.__init__
-    want, steps = sample(model, abrupt, texts, slots=slots), []
+    abrupt.end_ids = frozenset(range(0, 2048, 3 if times == 1 else 15))
+    texts, steps = texts * times, []
+    want = sample(model, abrupt, texts, slots=slots, max_tokens=12)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(G.Sampler, "__init__", lambda self, *a, **k: (init(self, *a, **k), setattr(self, "graphs", {}))[0])
         patch.setattr(G, "capture", lambda step: lambda: (steps.append(1), step()))
-        got = sample(model, abrupt, texts, slots=slots)
+        got = sample(model, abrupt, texts, slots=slots, max_tokens=12)
     assert [c.token_ids for c in got] == [c.token_ids for c in want]
     for a, b in zip(got, want):
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
@@ -248,7 +250,6 @@ def test_weights_that_change_under_live_sequences_are_an_error(model, tokenizer)
     sampler.advance()
     with torch.no_grad():
         model.norm.weight.mul_(0.5)
-    sampler.submit(chat("hello"), (1,))
     with pytest.raises(RuntimeError, match="the weights changed"):
         sampler.advance()
 
@@ -268,6 +269,8 @@ def test_ids_are_never_decoded_and_encoded_again(model, tokenizer):
 
 def test_bf16_samples_and_scores_nearly_alike(model, tokenizer):
     model = model.bfloat16()
+    greedy, again = sample(model, tokenizer, ["a", "a"], temperature=0.0)
+    assert greedy.token_ids == again.token_ids and greedy.logprobs == [0.0] * len(greedy.token_ids)
     completions = sample(model, tokenizer, ["a", "hello there"] * 4, slots=8)
     error = np.abs(np.subtract(*scored(model, completions, 1.0, tokenizer)))
     assert np.median(error) < 0.1

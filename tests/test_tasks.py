@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 from strategies import ScriptedSampler
 
-from program import InputError, Prediction, render_outputs, run_programs
+from program import InputError, Module, Prediction, Program, render_outputs, run_programs
 from tasks import banking77, hover, papillon, pretrain
 from tasks.world import WORDS, Names, half_of
 
@@ -246,7 +246,7 @@ def test_published_data_is_fetched_checked_and_refused_by_name(tmp_path):
     asked = []
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, form, *args):
-            asked.append(args[0])
+            asked.append(str(args[0]))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=tmp_path / "there"))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url, digest = f"http://127.0.0.1:{server.server_port}/", hashlib.sha256(b"text,category").hexdigest()
@@ -261,3 +261,27 @@ def test_published_data_is_fetched_checked_and_refused_by_name(tmp_path):
     assert not any("good" in a or "any" in a for a in asked)
     server.shutdown()
     assert "ConnectError" in download(tmp_path, {"x.csv": ("http://127.0.0.1:9/x.csv", None, None)})[0]
+
+
+@pytest.mark.parametrize("first, second, count, quality, leaked", [
+    ("A", "B", 0, 1.0, 0.0), ("B", "A", 1, 0.0, 0.5), ("equal", "equal", 2, 1.0, 1.0), ("A", "A", 99, 0.5, 1.0), ("B", "B", -1, 0.5, 0.0)])
+def test_the_judge_is_asked_in_both_orders_and_counts_what_is_given_away(first, second, count, quality, leaked):
+    """The response is first A, then B; a judge that always prefers one place gives one half."""
+    asked = []
+    class Judge:
+        def predict(self, signature, **inputs):
+            asked.append(inputs)
+            if "request" in inputs:
+                return Prediction(count=count)
+            return Prediction(better=first if inputs["response_a"] == "ours" else second)
+    class One(Program):
+        def __init__(self):
+            self.ask = Module("x -> y")
+        async def forward(self, x):
+            await self.ask(x=x)
+            return Prediction(llm_request="for ANN", response="ours")
+    example = {"x": "1", "user_query": "q", "target": "theirs", "pii": ["Ann", "Rome"]}
+    run, = run_programs(One(), [example], papillon.Judged(Judge()), ScriptedSampler(lambda *_: "<y>\n1\n</y>"))
+    assert run.measures == {"quality": quality, "leakage_judged": leaked, "leakage_string": 0.5}
+    assert run.reward == (quality + 1 - leaked) / 2 and run.status == "completed"
+    assert sorted((a["response_a"], a["response_b"]) for a in asked if "response_a" in a) == [("ours", "theirs"), ("theirs", "ours")]
