@@ -10,15 +10,13 @@ from program import InputError
 
 @dataclass(frozen=True)
 class Config:
-    """Every option; each field is a flag of the command line (`--short-groups fill`) and is saved with the run.
-
-    A task may come with defaults of its own for some of these. The paper's: --examples 4 --rollouts 12 --steps 750
+    """Saved with the run. A task may come with defaults of its own for some of these. The paper's: --examples 4 --rollouts 12 --steps 750
     --lr 1e-5 --beta 0.01 --clip-norm 0.1 --temperature 0.6 --short-groups fill --lora-rank 16 --lora-dropout 0.05."""
     task: str = "hover"             # hover, banking77, papillon, or a Python file with a function load(data)
     model: str = "tasks/tiny"       # checkpoint folder in Hugging Face layout
     data: str = ""                  # folder with the task's real data; empty: the miniature edition
     prompts: str = ""               # JSON with instructions and demos, as prompts.py writes it
-    out: str = ""                   # folder of the run; empty: runs/<task>
+    out: str = ""                   # folder of the run; empty: runs/<task>, then runs/<task>-2, …
     seed: int = 0                   # everything random follows from it
     device: str = ""                # cpu or cuda; empty: cuda where there is one
     dtype: str = "float32"          # of the weights that sample and score: float32 or bfloat16; masters are float32
@@ -29,8 +27,8 @@ class Config:
     max_tokens: int = 128           # sampled tokens per LM call at the most
     max_calls: int = 32             # LM calls per run at the most
     slots: int = 64                 # sequences that decode together
-    failure_score: float = 0.0      # score of a run that did not complete
-    format_failure_score: float = -1.0      # reward of a run whose completion had no readable field
+    failure_score: float = 0.0      # reward of a run that hit max_calls; in evaluation, score of each run that did not complete
+    format_failure_score: float = -1.0      # reward of a run cut by length or without a readable field; partly readable: between
     interrupt: float = 0.0          # share of training runs given a random limit below max_calls, to see what that does
     top_k: int = 0                  # evaluation only: sample among the k most likely tokens (0: all)
     top_p: float = 1.0              # evaluation only: sample among the most likely tokens of this total probability
@@ -47,12 +45,12 @@ class Config:
     lora_dropout: float = 0.0       # on the input of LoRA, in the update
     lora_targets: str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"       # layers that get LoRA
     # loss
-    normalize: str = "sequence"     # mean over each call's tokens; over all tokens of the step: token; or constant
+    normalize: str = "sequence"     # mean over each call's tokens; token: over the step's; constant: sum / (voting runs x max_tokens)
     clip_low: float = 0.2           # the ratio is clipped to 1 - clip_low …
     clip_high: float = 0.2          # … and 1 + clip_high
     beta: float = 0.0               # weight of the KL divergence from the starting weights
     # optimizer
-    steps: int = 20                 # optimizer steps are steps × inner_epochs
+    steps: int = 20                 # training steps, each of inner_epochs optimizer steps
     inner_epochs: int = 1           # updates on the same rollouts
     lr: float = 5e-4                # of AdamW
     warmup: int = 5                 # steps of linear warm-up
@@ -64,7 +62,7 @@ class Config:
     # evaluation
     eval_every: int = 10            # steps between dev evaluations; before and after are always measured
     eval_examples: int = 100        # dev (or test) examples used (0: all)
-    resume: bool = False            # go on with the last run of the task that was interrupted
+    resume: bool = False            # go on with the task's last run in runs/
     split: str = "dev"              # of `eval` and `show`: train, dev or test
     index: int = 0                  # of `show`: which example
 

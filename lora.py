@@ -124,7 +124,8 @@ def load_adapter(path: str | Path, device: str = "cpu", dtype: torch.dtype = tor
             "lora_alpha": lambda x: number(x, 0, 1e9), "lora_dropout": lambda x: x is None or number(x, 0, 0.999),
             "target_modules": lambda x: isinstance(x, list), "peft_type": lambda x: x == "LORA", "bias": lambda x: x in ("none", None),
             "init_lora_weights": lambda x: x in (True, False, None, "gaussian")}        # others change the base as well
-    told = ("task_type", "inference_mode", "revision", "auto_mapping", "peft_version", "megatron_core", "runtime_config")   # change nothing
+    told = ("task_type", "inference_mode", "revision", "auto_mapping", "peft_version", "megatron_core", "runtime_config",
+            "qalora_group_size")                            # change nothing
     for key in good.keys() | raw.keys():
         if not good[key](raw.get(key)) if key in good else raw[key] and key not in told:
             raise CheckpointError(f"{where}: {key}: {raw.get(key)!r} is not supported")

@@ -11,7 +11,7 @@ follow the clipped policy gradient of the sampled tokens.
 
 Map, in the order the data flows: Sampler; group_calls, advantages, weigh; head_gradient, policy_loss; pack, step_gradient;
 train. Programs and trajectories are in program.py, the transformer in model.py, the options in config.py, the command line in
-cli.py. Left out on purpose: other policy-gradient methods, reward models, more than one machine.
+cli.py. Left out on purpose: critics, reward models, more than one machine.
 Letters: N loss-bearing tokens, S slots, T nodes of a tree; the others as in model.py."""
 from __future__ import annotations
 
@@ -78,12 +78,13 @@ def capture(step: Callable[[], None]) -> Callable[[], None]:
 
 
 class Sampler:
-    """Continuous batching over S slots of a KV cache: waiting -> live -> done.
+    """Continuous batching over S slots of a KV cache: waiting -> live -> done. Pool: keys and values of prefixes, a forest of nodes;
+    its first 512 are the trunk, attended to in place by all slots; of a path behind it every slot gets a copy.
     Live sequences are in slots 0..n-1. Each `advance` refills free slots from the waiting prompts, then decodes a token for
     every live one; the last moves into a finished one's slot. A prefix that two prompts share, and that is long enough, is kept in
     the cache's pool from the second one on, while the weights stay as they are. Token t of a request is drawn with the t-th number of a Philox stream seeded
     by the request's key, so its batch-mates do not matter."""
-    TRUNK, POOL = (64, 512), (16, 8192)     # so many tokens longer is worth keeping, there; up to this node of the pool
+    TRUNK, POOL = (64, 512), (16, 8192)     # of each: how many new tokens a prefix needs to be kept there; where it ends
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, *, slots: int = 64, max_tokens: int = 128,
                  temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
@@ -100,8 +101,8 @@ class Sampler:
         self.ends = torch.zeros(tokenizer.size, dtype=torch.bool, device=self.device)
         self.ends[list(tokenizer.end_ids)] = True
         self.prompts: list[list[int]] = []                                  # all prompts of these weights, in lexical order
-        self.chains: list[tuple[list[int], list[int], int]] = []            # in the pool: tokens, nodes, those in the trunk
-        self.trunk = self.pool = 0                                          # where the next nodes of either go
+        self.prefixes: list[tuple[list[int], list[int], int]] = []            # in the pool: tokens, nodes, those in the trunk
+        self.trunk_end = self.pool_end = 0                                  # where the next nodes of either go
         self.graphs: dict | None = {} if self.device.type == "cuda" else None
 
     def submit(self, messages: list[dict], key: tuple) -> int:
@@ -124,8 +125,8 @@ class Sampler:
         if (version := [p._version for p in self.model.parameters()]) != self.version:      # what is cached is of other weights
             if self.live:
                 raise RuntimeError("the weights changed while the sampler had live sequences")
-            self.prompts, self.chains, self.version = sorted(p for _, p, _ in self.waiting), [], version
-            self.trunk, self.pool = 0, self.TRUNK[1]
+            self.prompts, self.prefixes, self.version = sorted(p for _, p, _ in self.waiting), [], version
+            self.trunk_end, self.pool_end = 0, self.TRUNK[1]
         while self.waiting and len(self.live) < self.slots:
             self._admit()
         self._collect()
@@ -137,25 +138,26 @@ class Sampler:
         return done
 
     def _share(self, prompt: list[int]) -> tuple[int, list[int], int]:
-        """What of a prompt is, or now gets, nodes in the pool: how many of its tokens were there, the nodes of these and the new
-        ones, how many of all are in the trunk. New are those of the prefix that another prompt has too."""
-        i, j = bisect_left(self.prompts, prompt), bisect_left(self.chains, (prompt,))       # what shares most is a neighbour
+        """Find, or reserve, a prompt's nodes in the pool -> (n, path, in_trunk): its first n tokens are there already; `path` has
+        the nodes of its first len(path) >= n tokens, the caller is to prefill those from n on (a prefix that another prompt
+        shares); the first in_trunk of them lie in the trunk. The last token is never among them: its state gives the sample."""
+        i, j = bisect_left(self.prompts, prompt), bisect_left(self.prefixes, (prompt,))       # what shares most is a neighbour
         near = self.prompts[max(i - 1, 0):i] + self.prompts[i + 1:i + 2]
         keep = max((common(prompt[:-1], p) for p in near), default=0)
-        there = self.chains[max(j - 1, 0):j + 1]
+        there = self.prefixes[max(j - 1, 0):j + 1]
         n, path, trunk = max(((common(prompt[:-1], p), *chain) for p, *chain in there), default=(0, [], 0))
         path, trunk, more = path[:n], min(n, trunk), keep - n
-        if more >= self.TRUNK[0] and trunk == n and self.trunk + more <= self.TRUNK[1]:
-            path, trunk, self.trunk = path + [*range(self.trunk, self.trunk + more)], keep, self.trunk + more
-        elif more >= self.POOL[0] and self.pool + more <= self.POOL[1]:
-            path, self.pool = path + [*range(self.pool, self.pool + more)], self.pool + more
+        if more >= self.TRUNK[0] and trunk == n and self.trunk_end + more <= self.TRUNK[1]:
+            path, trunk, self.trunk_end = path + [*range(self.trunk_end, self.trunk_end + more)], keep, self.trunk_end + more
+        elif more >= self.POOL[0] and self.pool_end + more <= self.POOL[1]:
+            path, self.pool_end = path + [*range(self.pool_end, self.pool_end + more)], self.pool_end + more
         if len(path) > n:
-            insort(self.chains, (prompt[:keep], path, trunk))
+            insort(self.prefixes, (prompt[:keep], path, trunk))
         return n, path, trunk
 
     def _admit(self):
         """Prefill waiting prompts, every distinct prefix once, and sample the first token of each."""
-        chains, ids, taken, places, last, budget = [], [], [], [], [], 8192
+        chains, ids, taken, places, last, budget = [], [], [], [], [], 8192     # tokens a pass, to bound its memory
         while self.waiting and len(self.live) < self.slots and budget > 0:
             ticket, prompt, uniforms = self.waiting.popleft()
             slot = len(self.live)
@@ -168,9 +170,11 @@ class Sampler:
                 ids += prompt[n:len(path)]
             taken.append((slot, prompt, path, trunk))
             budget -= len(prompt) - n
-        at = self.pool                                      # what no other prompt has goes behind the pool, only to be copied
+        at = self.pool_end                                      # what no other prompt has goes behind the pool, only to be copied
         for _, prompt, path, trunk in taken:
-            chains.append((len(path), whole := path + [*range(at, at := at + len(prompt) - len(path))]))
+            whole = path + [*range(at, at + len(prompt) - len(path))]
+            at += len(prompt) - len(path)
+            chains.append((len(path), whole))
             places.append((trunk, whole))
             ids += prompt[len(path):]
             last.append(len(ids) - 1)
@@ -185,7 +189,7 @@ class Sampler:
     def _decode(self, n: int, longest: int):
         """One token for each of the first n slots. On CUDA in shapes that recur, each captured as a graph the second time."""
         if self.graphs is None:
-            return self._step(n, longest, self.trunk)
+            return self._step(n, longest, self.trunk_end)
         key = min(1 << (n - 1).bit_length(), self.slots), min(-(-longest // 64) * 64, self.cache.kv.shape[4]), self.TRUNK[1]
         if key in self.graphs:
             self.graphs[key] = self.graphs[key] or capture(lambda: self._step(*key))
@@ -215,7 +219,7 @@ class Sampler:
         ended = self.ends[self.tokens[torch.arange(n, device=self.device), self.count[:n] - 1]]
         over = ended | (self.count[:n] >= self.limit[:n])
         ended, over, counts, lengths = torch.stack((ended, over, self.count[:n], self.cache.lengths[:n])).tolist()
-        for i in (i for i in range(n - 1, -1, -1) if over[i]):
+        for i in reversed([i for i in range(n) if over[i]]):       # from behind: the last live one is then never finished
             (ticket, prompt), count, stop = self.live[i], counts[i], bool(ended[i])
             ids, logprobs = self.tokens[i, :count].tolist(), self.logprobs[i, :count].tolist()
             if not math.isfinite(sum(logprobs)):
@@ -377,16 +381,16 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature:
 @torch.no_grad()
 def head_gradient(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, loss: Callable[[Tensor, slice], Tensor],
                   d_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The log-probs (N,) of the targets, and the gradient (N, D) of the sum of `loss(log-probs, their place)` over chunks with
-    respect to hidden; that with respect to weight is added to the fp32 d_weight (V, D), if there is one. As the loss is a sum over
-    tokens, its gradient is known as soon as a chunk's logits are: they are never kept, nor computed a second time."""
+    """hidden (N, D), weight (V, D), targets (N,) -> their log-probs (N,) and d loss / d hidden (N, D); d loss / d weight is added to
+    d_weight, fp32 (V, D), if given. `loss(log-probs of a chunk, its slice)` must be a sum over tokens: then a chunk's gradient is
+    known as soon as its logits are, which are never kept, nor computed a second time."""
     logprobs, d_hidden = [], torch.empty_like(hidden)
     for rows, logp, y in _log_softmax(hidden, weight, targets, temperature):
         logprobs.append(logp.gather(1, y)[:, 0])
         with torch.enable_grad():
             g, = torch.autograd.grad(loss(logprobs[-1].requires_grad_(), rows), logprobs[-1])
         g = g[:, None] / temperature
-        d_logits = logp.exp_().mul_(-g).scatter_add_(1, y, g)                                       # (one-hot - softmax) g
+        d_logits = logp.exp_().mul_(-g).scatter_add_(1, y, g)           # (rows, V): (one-hot - softmax) dloss/dlogp / temperature
         d_hidden[rows] = d_logits.to(weight.dtype) @ weight
         if d_weight is not None:
             d_weight.addmm_(d_logits.t(), hidden[rows].float())
@@ -472,7 +476,7 @@ def step_gradient(model: Transformer, rows: list[Row], config: Config, vocabular
             try:
                 ref = batch_logprobs(reference, tree, config.temperature, vocabulary) if reference else None
                 loss = lambda logprobs, r: policy_loss(logprobs, old[r], advantage[r], weight[r], config.clip_low, config.clip_high,
-                                                       config.beta, ref if ref is None else ref[r])
+                                                       config.beta, None if ref is None else ref[r])
                 targets, hidden = predicting_states(model, tree)
                 logprobs, d_hidden = head_gradient(hidden.detach(), model.head[:vocabulary], targets, config.temperature, loss, d_head)
                 more = torch.autograd.grad(hidden, parameters, d_hidden, allow_unused=True)
@@ -527,7 +531,7 @@ def evaluate(model, tokenizer, task: Task, examples: list[dict], config: Config,
 def prepare(model: Transformer, config: Config) -> tuple[torch.optim.Optimizer, Transformer | None]:
     """The optimizer, of fp32 masters (a small step must not be rounded away), and the frozen start where the loss has a KL."""
     masters = [p.detach().float().clone().requires_grad_() for p in trainable(model)]
-    start = (WithoutLoRA if config.lora_rank else copy.deepcopy)(model) if config.beta else None
+    start = None if not config.beta else WithoutLoRA(model) if config.lora_rank else copy.deepcopy(model)
     return torch.optim.AdamW(masters, weight_decay=config.weight_decay), start
 
 

@@ -120,7 +120,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 # --------------------------------------------------------------------------------------------------- transformer
 def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Scaled dot-product attention of q (B, H, T, d) over k, v (B, K, S, d): causal unless `mask` says what is seen. The default
+    """Scaled dot-product attention of q (B, H, T, d) over k, v (B, K, L, d): causal unless `mask` says what is seen. The default
     `attend` of the transformer; TreeAttention and the KV cache supply others."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                           enable_gqa=q.shape[1] != k.shape[1])
@@ -211,18 +211,19 @@ class Transformer(nn.Module):
 class TreeAttention:
     """`attend` for a forest of prefixes: T nodes as one sequence (1, T), in which each sees its ancestors and itself.
 
-    `paths` has, for each chain of new nodes, how many nodes of its path came before and the path from its root; the new ones are
-    the next of the T. Keys and values are in `pool` (2, layers, nodes, K, d); without one, node i is the i-th of the T.
-    Queries go in blocks, each with the keys of its path: the cost is that of nodes x depth, not of T x T."""
+    `paths` are pairs (known, path): path[known:] are new, and concatenated over all paths they are the T inputs. Two rows that share
+    their first two tokens: TreeAttention([(0, [0, 1, 2]), (2, [0, 1, 3])]), T = 4, node 3 sees 0, 1 and itself. Keys and values are
+    in `pool` (2, layers, nodes, K, d); without one, node i is the i-th of the T. Queries go in blocks, each with the keys of its path
+    (padded to the longest): the cost is that of T x longest path, not of T x T."""
     def __init__(self, paths: list[tuple[int, list[int]]], device=None, pool: Tensor | None = None):
         longest, size = max(len(path) for _, path in paths), max(len(path) - shared for shared, path in paths)
-        size, blocks, new = min(size, max(64, longest // 8)), [], []
+        size, blocks, new = min(size, max(64, longest // 8)), [], []            # so a long path is gathered 8 times at the most
         for i, (shared, path) in enumerate(paths):
             blocks += [(i, start, len(new) + start - shared, len(path) - start) for start in range(shared, len(path), size)]
             new += path[shared:]
         chain, start, first, left = torch.tensor(blocks, device=device).unbind(1)
         offset = torch.arange(size, device=device)
-        self.pool, self.new = pool, torch.tensor(new, device=device)                    # (T,) the nodes of the T
+        self.pool, self.new = pool, torch.tensor(new, device=device)                    # (T,) pool node of each input
         keys = nn.utils.rnn.pad_sequence([torch.tensor(path) for _, path in paths], batch_first=True).to(device)
         self.keys = keys[chain]                                                         # (blocks, longest) nodes
         self.seen = (torch.arange(longest, device=device) <= (start[:, None] + offset)[..., None])[:, None]
@@ -248,8 +249,8 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 class KVCache:
     """Keys and values of prefixes and of `slots` sequences. `pool` (2, layers, nodes, K, d) holds prefixes, as nodes of a forest. The
-    first `trunk` of them are attended to where they are: of these `sees` (slots, trunk) has those of each sequence, `shared`
-    (slots,) their number. The rest of a sequence is its own: `kv` (2, layers, slots, K, size, d), `lengths` (slots,)."""
+    first `trunk` of them are attended to where they are: sees[s, i] says whether slot s does to node i, `shared` (slots,) to how many.
+    The rest of a sequence is its own: `kv` (2, layers, slots, K, size, d), `lengths` (slots,)."""
     def __init__(self, config: ModelConfig, slots: int, trunk: int, device=None, dtype=None):
         new = lambda *shape, dtype=torch.long: torch.zeros(shape, device=device, dtype=dtype)
         self.kv = new(2, config.layers, slots, config.kv_heads, 0, config.head_dim, dtype=dtype)
@@ -278,7 +279,7 @@ class KVCache:
 
     def decode(self, n: int, longest: int, nodes: int):
         """Append one token to each of the first n slots, at most `longest` of its own afterwards; attend over `nodes` of the trunk,
-        as one product for all slots, and over each slot's own."""
+        as one product for all slots, and over each slot's own. attend(layer, q (n, H, 1, d), k, v (n, K, 1, d)) -> (n, H, 1, d)"""
         row, end = torch.arange(n, device=self.lengths.device), self.lengths[:n]
         seen = torch.cat((self.sees[:n, :nodes], torch.arange(longest, device=end.device) <= end[:, None]), 1)
         bias = torch.zeros(seen.shape, device=end.device).masked_fill_(~seen, -math.inf)[:, None, None]     # (n, 1, 1, all)

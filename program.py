@@ -44,7 +44,7 @@ class ProgramError(RuntimeError):
     """A bug in the user's program. The message names the example and the last call; the cause has the traceback."""
 
 class ToolError(RuntimeError):
-    """A tool that failed after its retries."""
+    """A tool that failed after its retries, or a metric that raised or gave no finite number."""
 
 class FormatError(ValueError):
     """A completion whose output fields could not all be read. `present` are those that could."""
@@ -317,7 +317,7 @@ class Completion:
 class Call:
     """One LM call. Example: Call("ask", 0, {"question": "…"}, Completion(…), {"answer": "Yes"})"""
     module: str                 # attribute path in the program
-    invocation: int             # the how-manieth call of this module in its run, from 0
+    invocation: int             # 0 for the module's first call in its run
     inputs: dict = field(default_factory=dict)
     completion: Completion | None = None
     outputs: dict | None = None
@@ -359,7 +359,7 @@ class Task:
 
 
 # -------------------------------------------------------------------------------------------------------- driver
-def run_programs(program: Program, examples: list[dict], metric: Callable[[dict, Any], float], sampler, *,
+def run_programs(program: Program, examples: list[dict], metric: Callable[[dict, Any], Any], sampler, *,
                  rollouts: int = 1, seed: int = 0, step: int = 0, max_calls: int = 32, failure_score: float = 0.0,
                  format_failure_score: float = -1.0, interrupt: float = 0.0) -> list[Trajectory]:
     """Run the program `rollouts` times on each example; trajectories come back ordered by (example, rollout).

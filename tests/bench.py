@@ -443,9 +443,32 @@ FIGURES = (grpo_step, decode, decode_ragged, decode_generate_batch, peak_memory,
            loss_time_151936, loss_memory_151936, time_to_score, update_costs, loss_costs)
 
 
+ROWS = {            # of the README's table: figure -> its name, the other side
+    "grpo_step": ("a GRPO step, s", "TRL"), "time_to_score": ("banking77 to a dev score of 0.6, s of training", "TRL"),
+    "peak_memory": ("peak memory of the process, GB", "TRL"), "decode": ("a decode step of 32 rows, ms", "`generate`"),
+    "decode_ragged": ("128 requests of ragged length (mean/max 0.33), tokens/s", "`generate`"),
+    "decode_generate_batch": ("32 requests of 64 tokens, tokens/s", "`generate_batch`"),
+    "update_half_dead": ("update, half of the groups without advantage, ms", "none without"),
+    "modules_8_vs_1": ("update, 8 modules, ms", "1 module"), "rollouts_16_vs_8": ("a step with 16 rollouts, s", "8 rollouts"),
+    "loss_time_151936": ("loss and gradients, V = 151,936, ms", "all logits at once"), "loss_memory_151936": ("its memory, MB", "all logits at once")}
+
+
+def table(figures: dict) -> str:
+    """The README's table: above, how many times faster or smaller ours is; below, what ours costs relative to the other."""
+    number = lambda x: f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+    lines = ["| | ours | other | other is | ratio |", "|---|---|---|---|---|"]
+    for name, (title, other) in ROWS.items():
+        f = figures[name]
+        ratio = f"{f['ratio']:.2f} of it" if name.startswith(("update", "modules", "rollouts", "loss")) else f"{f['ratio']:.1f}x"
+        lines.append(f"| {title} | {number(f['ours'])} | {number(f['peer'])} | {other} | {ratio} |")
+    return "\n".join(lines)
+
+
 def main(names: list[str]) -> None:
     if names and names[0].startswith("--worker="):
         return work(names[0].split("=", 1)[1])
+    if names == ["--table"]:
+        return print(table(json.loads(OUT.read_text())["figures"]))
     if odd := set(names) - {f.__name__ for f in FIGURES}:
         sys.exit(f"error: {min(odd)}: none of {', '.join(f.__name__ for f in FIGURES)}")
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor()) \

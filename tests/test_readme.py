@@ -43,3 +43,9 @@ def test_files_options_and_names_of_the_readme_exist():
 @pytest.mark.parametrize("name", re.findall(r"`(\w+)[`(]", README[README.index("| In the paper"):README.index("Not from the paper")]))
 def test_functions_that_the_readme_names_exist(name):
     assert hasattr(cli.mmgrpo, name) or name in ("truncate", "fill", "keep", "format_error")
+
+
+def test_the_table_of_speeds_is_that_of_the_stored_figures():
+    import bench
+    stored = json.loads((ROOT / "results" / "bench.json").read_text())
+    assert bench.table(stored["figures"]) in README
