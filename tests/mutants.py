@@ -109,7 +109,7 @@ MUTANTS = [
     ("a state that is not as it was written is not used", "checkpoint.py", 'if state["digest"] != _digest(path):', "if False:", "train"),
     ("metrics are cut back to the state", "checkpoint.py", 'os.truncate(out / "metrics.jsonl", state["metrics_bytes"])', "pass", "train"),
     ("other options are refused", "checkpoint.py", "if key not in FREE and options.get(key) != value:", "if False:", "train"),
-    ("the reference is the start, also where a run goes on", "mmgrpo.py", "copy.deepcopy(model) if config.beta else None", "model if config.beta else None", "train"),
+    ("the reference is the start, also where a run goes on", "mmgrpo.py", "else copy.deepcopy(model)\n", "else model\n", "train"),
     ("sampler and trainer must agree", "report.py", "if not apart.max() <= self.tolerance:", "if apart.max() > 1e9:", "train"),
     ("a gradient that is not finite moves nothing", "mmgrpo.py", 'if not math.isfinite(metrics["grad_norm"]):', "if False:", "train"),
     ("a micro-batch that does not fit is halved", "mmgrpo.py", 'if "memory" not in str(e) or len(tree.rows) == 1:', "if True:", "train"),
