@@ -50,7 +50,7 @@ MUTANTS = [
     ("sequences see no more of the trunk than their own path", "model.py", "self.sees[slot, path[:shared]] = True", "self.sees[slot] = True", "model sampler"),
     ("nothing cached outlives the weights it was made with", "mmgrpo.py", "for p in self.model.parameters()]) != self.version:", "for p in self.model.parameters()]) and not self.version:", "sampler"),
     ("free slots in a graph's shape stay as they are", "mmgrpo.py", "self.limit[:n].clamp(max=1)", "1", "sampler"),
-    ("a frozen head has no gradient buffer", "mmgrpo.py", "if p is model.head and p.requires_grad), None)", "if p is model.head), None)", "loss"),
+    ("a frozen head has no gradient buffer", "mmgrpo.py", "if p is model.head and p.requires_grad), None)", "if p is model.head), None)", "lora"),
     ("free slots in a graph's shape are as new", "mmgrpo.py", "for state in (self.limit, self.count, self.cache.lengths):", "for state in (self.limit, self.cache.lengths):", "sampler"),
     ("the judge's places are told apart", "tasks/papillon.py", '((first.better != "B") + (second.better != "A")) / 2', '((first.better != "A") + (second.better != "B")) / 2', "tasks"),
     ("the base never moves under LoRA", "lora.py", "    model.requires_grad_(False)\n", "", "lora"),

@@ -104,6 +104,19 @@ def test_dropout_acts_in_the_update_alone_and_follows_the_seed(tokenizer):
     assert a[0] == c[0] and not all(map(torch.equal, p, r))
 
 
+def test_without_gradients_there_is_no_dropout_and_a_frozen_head_has_no_buffer(monkeypatch):
+    model, buffers, head = with_lora(vocab_size=40), [], G.head_gradient
+    with torch.no_grad():
+        want = model(IDS)
+        for m in lora_layers(model).values():
+            m.dropout = 0.5
+        assert torch.equal(model(IDS), want)                # as when sampling
+    assert not torch.equal(model(IDS), want)
+    monkeypatch.setattr(G, "head_gradient", lambda *args: buffers.append(args[5]) or head(*args))
+    G.step_gradient(model, ROWS, G.Config(), 40, fresh=False)
+    assert buffers and not any(b is not None for b in buffers)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_saved_loaded_and_merged_it_is_the_same_function(tokenizer, tmp_path, tied):
     base = make_model(vocab_size=tokenizer.size, tie_word_embeddings=tied)

@@ -89,6 +89,19 @@ def test_decoding_in_the_shapes_of_cuda_graphs_equals_decoding_as_it_comes(model
     assert steps or max(len(c.token_ids) for c in want) < 4
 
 
+def test_free_slots_are_as_new_whatever_the_shape(model, abrupt, monkeypatch):
+    """Five live sequences decode in a shape of eight: nothing of the others moves, nor of those that end."""
+    monkeypatch.setattr(G, "capture", lambda step: step)
+    sampler, done = G.Sampler(model, abrupt, slots=8, max_tokens=40), []
+    sampler.graphs, abrupt.end_ids = {}, frozenset(range(0, 2048, 15))
+    for i in range(5):
+        sampler.submit(chat("hello"), (i,))
+    while len(done) < 5:
+        done += sampler.advance()
+        for state in (sampler.count, sampler.limit, sampler.cache.lengths):
+            assert not state[len(sampler.live):].any()
+
+
 def scored(model, completions, temperature, tokenizer) -> tuple[list[float], list[float]]:
     """The log-probs of all sampled tokens, as sampled and as the trainer finds them."""
     tree, = G.pack([G.Row("m", c, 1.0, 1.0) for c in completions], 10**6)
