@@ -3,12 +3,13 @@ TASK ?= hover
 PY := .venv/bin/python
 option = $(if $($(1)),--$(2) $($(1)))
 
-.PHONY: train eval show data pretrain test mutants conformance oracle resume-check fuzz test-peers bench clean
+.PHONY: train prompts eval show data pretrain test mutants conformance oracle resume-check fuzz test-peers bench clean
 
 # Train the task's program with mmGRPO; everything the run leaves is in runs/TASK.
-train: .venv/ready
-	$(PY) mmgrpo.py train --task $(TASK) $(call option,STEPS,steps) $(call option,MODEL,model) $(call option,DATA,data) \
-	  $(call option,OUT,out) $(if $(RESUME),--resume) $(ARGS)
+# STRATEGY="p -> w" first searches its prompts; `make prompts` does only that.
+train prompts: .venv/ready
+	$(PY) mmgrpo.py $@ --task $(TASK) $(call option,STEPS,steps) $(call option,MODEL,model) $(call option,DATA,data) \
+	  $(call option,OUT,out) $(if $(STRATEGY),--strategy "$(STRATEGY)") $(if $(RESUME),--resume) $(ARGS)
 
 # Score a checkpoint (MODEL=runs/hover/last) on a split (ARGS="--split test"); show one run on one example as a trace.
 eval show: .venv/ready

@@ -19,7 +19,7 @@ import torch
 
 from program import InputError
 
-FREE = ("out", "resume", "steps", "split", "index")         # options that may differ when a run goes on
+FREE = ("out", "resume", "steps", "trials", "split", "index")         # options that may differ when a run goes on
 
 
 def _flush(path: Path) -> None:
@@ -99,6 +99,14 @@ def read_state(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Opti
     return state
 
 
+def same_options(out: Path, begun: dict, options: dict) -> None:
+    """Raises InputError naming the option where a run is not to go on as it was begun."""
+    for key, value in begun.items():
+        if key not in FREE and options.get(key) != value:
+            raise InputError(f"{out}: was begun with --{key.replace('_', '-')} {value}, not {options.get(key)}; give the same "
+                             "options, or another --out")
+
+
 def load_state(out: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, options: dict) -> tuple[int, list[float]]:
     """Go back to the newest state of the run that can be read -> (step, dev scores); (0, []) where there is none.
 
@@ -109,10 +117,7 @@ def load_state(out: Path, model: torch.nn.Module, optimizer: torch.optim.Optimiz
         except ValueError as e:
             print(f"{folder}: cannot be used ({e}); trying the one before", file=sys.stderr)
             continue
-        for key, value in state["config"].items():
-            if key not in FREE and options.get(key) != value:
-                raise InputError(f"{out}: was begun with --{key.replace('_', '-')} {value}, not {options.get(key)}; give the same "
-                                 "options, or another --out")
+        same_options(out, state["config"], options)
         if (out / "metrics.jsonl").stat().st_size < state["metrics_bytes"]:
             raise InputError(f"{out / 'metrics.jsonl'}: is shorter than when {folder.name} was saved")
         os.truncate(out / "metrics.jsonl", state["metrics_bytes"])

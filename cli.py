@@ -20,12 +20,12 @@ import huggingface_hub
 import torch
 
 import mmgrpo
-from checkpoint import read_state, states, step_of
+from checkpoint import read_state, same_options, states, step_of
 from mmgrpo import Config, advantages, evaluate, group_calls, play, policy_loss, weigh
 from lora import load_adapter, lora_layers, merged
 from model import CheckpointError, Tokenizer, Transformer, load_pretrained, save_pretrained
 from program import STATUSES, Call, Completion, InputError, ProgramError, Task, Trajectory
-from prompts import load_prompts
+from prompts import compose, load_prompts, stages
 from report import ParityError, measure, read_metrics, show
 
 
@@ -92,23 +92,23 @@ def split_of(task: Task, split: str, config: Config) -> list[dict]:
 def folder_of(config: Config) -> Path:
     """Where the run goes: --out; else a new one of runs/hover, runs/hover-2, …, or with --resume the last of these."""
     numbered = [Path("runs") / (Path(config.task).stem + f"-{i}" * (i > 1)) for i in range(1, 1000)]
-    used = [p for p in numbered if (p / "metrics.jsonl").exists()]
+    used = [p for p in numbered if (p / "config.json").exists()]
     if config.resume and not config.out and not used:
         raise InputError(f"--resume: there is no run of {config.task} in runs/")
     out = Path(config.out) if config.out else used[-1] if config.resume else next(p for p in numbered if p not in used)
     done = step_of(states(out)[-1]) if states(out) else -1
     if done < 0 and (out / "metrics.jsonl").exists() and read_metrics(out)[0]:
         raise InputError(f"{out}: holds the metrics of a run whose states are gone; choose another --out")
-    if done >= config.steps:
+    if done >= config.steps and config.strategy == "w":
         raise InputError(f"{out}: holds a run already, finished at step {done}; more --steps go on with it, another --out begins anew")
     return out
 
 
 def run_train(task: Task, config: Config) -> str:
-    """Train; the last line has the dev score before and after, and the seconds of the training part.
+    """Go through the stages of --strategy; the last line has the dev score before and after, and the seconds.
 
-    Ctrl-C stops it after the step at hand, with its state saved; a second one at once."""
-    model, tokenizer = load_model(config)
+    Ctrl-C stops it after the step or trial at hand, with its state saved; a second one at once."""
+    kinds, loaded = stages(config.strategy), [load_model(config)]       # errors come before there is a folder
     for split in ("train", "dev"):
         split_of(task, split, config)
     out, interrupts = folder_of(config), 0
@@ -119,6 +119,8 @@ def run_train(task: Task, config: Config) -> str:
     except OSError:
         raise InputError(f"{out}: another process trains there") from None
     save_options = lambda: (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    if (out / "config.json").exists():
+        same_options(out, {"strategy": json.loads((out / "config.json").read_text()).get("strategy", "w")}, {"strategy": config.strategy})
     if not states(out):
         save_options()
 
@@ -130,16 +132,20 @@ def run_train(task: Task, config: Config) -> str:
         print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
     before, began = signal.signal(signal.SIGINT, on_interrupt), time.perf_counter()
     try:
-        scores = mmgrpo.train(task, model, tokenizer, config, out, stop=lambda: interrupts > 0)
+        result = compose(task, config, out, lambda stage: loaded.pop() if loaded else load_model(stage), lambda: interrupts > 0)
     finally:
         signal.signal(signal.SIGINT, before)
     save_options()                                          # --steps may have changed
-    if interrupts and step_of(states(out)[-1]) < config.steps:
+    if interrupts and not (kinds == ["w"] and step_of(states(out)[-1]) == config.steps):
         return f"stopped; the same command with OUT={out} goes on"
-    skipped = sum("skipped" in m for m in read_metrics(out)[0])
+    skipped = sum("skipped" in m for folder in [out, *out.glob("*-w")] for m in read_metrics(folder)[0])
+    told, size = result["stages"], f"{config.steps} steps, " * (kinds == ["w"])
+    last = told[-1]["dev"][-1] if kinds == ["w"] else max(told[-1]["dev"])      # of the last weights; of the best of all stages
     return (f"{skipped} steps were skipped, for their gradient was not finite\n" * bool(skipped)
-            + f"metrics, checkpoints and the curve are in {out}\n{config.task} dev score: {scores[0]:.3f} -> {scores[-1]:.3f} "
-            f"({config.steps} steps, {time.perf_counter() - began:.0f} s)")
+            + "".join(f"{s['stage']}: dev score {s['dev'][0]:.3f} -> {max(s['dev']):.3f}, {s['rollouts']:,} rollouts, {s['tokens']:,} "
+                      f"sampled tokens, {s['seconds']:.0f} s\n" for s in told if kinds != ["w"])
+            + f"metrics, checkpoints, prompts and curves are in {out}\n{config.task} dev score: {told[0]['dev'][0]:.3f} -> {last:.3f} "
+            f"({size}{time.perf_counter() - began:.0f} s)")
 
 
 def run_replay(folder: str, step: str, config: Config) -> str:
@@ -279,7 +285,7 @@ def parse_arguments(argv: list[str]) -> tuple[str, list]:
     """argv -> (command, the arguments of its function)."""
     parser = argparse.ArgumentParser(prog="mmgrpo.py", usage="mmgrpo.py COMMAND [FILE …] [--option VALUE …]", description=(
         mmgrpo.__doc__.split("\n\n")[1] + " Defaults are in brackets; a task may have its own, and a flag beats both."))
-    parser.add_argument("command", choices=("train", "eval", "show", "group", "replay", "merge"))
+    parser.add_argument("command", choices=("train", "prompts", "eval", "show", "group", "replay", "merge"))
     parser.add_argument("files", nargs="*", help="of group: a JSON file of trajectories, or - for standard input; of replay: the "
                                                  "folder of a run and one of its steps; of merge: the folder of a LoRA adapter and a new one")
     source = Path(sys.modules[Config.__module__].__file__).read_text(encoding="utf-8").split("class Config:")[1]
@@ -291,6 +297,8 @@ def parse_arguments(argv: list[str]) -> tuple[str, list]:
                             help=f"{comments[f.name].replace('%', '%%')} [{f.default}]")
     given = vars(parser.parse_args(argv))
     command, files = given.pop("command"), given.pop("files")
+    if command == "prompts":
+        given = {"strategy": "p"} | given
     takes = {"group": "FILE", "replay": "RUN STEP", "merge": "ADAPTER OUT"}.get(command, "")
     if len(files) != len(takes.split()) or command == "replay" and not files[1].isdecimal():
         parser.error(f"{command} takes {takes or 'options only'}")
@@ -300,7 +308,7 @@ def parse_arguments(argv: list[str]) -> tuple[str, list]:
 def main(argv: list[str]) -> int:
     try:
         command, arguments = parse_arguments(argv)
-        run = {"train": run_train, "eval": run_eval, "show": run_show, "group": run_group, "replay": run_replay,
+        run = {"train": run_train, "prompts": run_train, "eval": run_eval, "show": run_show, "group": run_group, "replay": run_replay,
                "merge": run_merge}[command]
         print(run(*arguments))
         return 0

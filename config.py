@@ -49,6 +49,18 @@ class Config:
     clip_low: float = 0.2           # the ratio is clipped to 1 - clip_low …
     clip_high: float = 0.2          # … and 1 + clip_high
     beta: float = 0.0               # weight of the KL divergence from the starting weights
+    # prompts
+    strategy: str = "w"             # stages in turn, w: train weights, p: search prompts; "p -> w", "(p -> w) x 3", …
+    budget: int = 0                 # rollouts of the whole strategy, shared evenly by its stages (0: as --steps and --trials say)
+    trials: int = 30                # choices of prompts that a search scores
+    minibatch: int = 32             # dev examples that a trial is scored on
+    full_every: int = 5             # trials after which the best so far is scored on all dev examples used
+    instructions: str = ""          # JSON, module -> list of instructions to choose from; empty: the task's
+    proposals: int = 0              # instructions per module to ask an LM for: the endpoint MMGRPO_PROPOSER, else the model
+    demos: int = 2                  # demonstrations per module at the most (0: none are tried)
+    demo_sets: int = 6              # sets of demonstrations per module to choose from
+    demo_score: float = 1.0         # reward from which a run is good enough to cut demonstrations from
+    bootstrap: int = 100            # training examples run for demonstrations
     # optimizer
     steps: int = 20                 # training steps, each of inner_epochs optimizer steps
     inner_epochs: int = 1           # updates on the same rollouts
@@ -70,12 +82,12 @@ class Config:
         choices = {"level": ("call", "trajectory"), "short_groups": ("keep", "truncate", "fill"), "baseline": ("group", "example"),
                    "scale_rewards": ("std", "none"), "normalize": ("sequence", "token", "constant"),
                    "dtype": ("float32", "bfloat16"), "split": ("train", "dev", "test")}
-        positive = ("examples", "rollouts", "max_tokens", "max_calls", "slots", "inner_epochs", "batch_tokens", "eval_every")
+        positive = ("examples", "rollouts", "max_tokens", "max_calls", "slots", "inner_epochs", "batch_tokens", "eval_every", "minibatch", "full_every")
         for f in dataclasses.fields(self):
             value, flag = getattr(self, f.name), f"--{f.name.replace('_', '-')}"
             if f.name in choices and value not in choices[f.name]:
                 raise InputError(f"{flag}: {value!r} is none of {', '.join(choices[f.name])}")
-            low = 1 if f.name in positive else -math.inf if f.name in ("failure_score", "format_failure_score") else 0
+            low = 1 if f.name in positive else -math.inf if f.name in ("failure_score", "format_failure_score", "demo_score") else 0
             if f.type in ("int", "float") and not (low <= value and math.isfinite(value)):
                 raise InputError(f"{flag}: {value} is not a number of at least {low}")
         if self.lora_dropout >= 1:

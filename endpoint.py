@@ -15,11 +15,12 @@ import os
 import tempfile
 import threading
 import time
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import httpx
 
-from program import InputError, Prediction, Signature, ToolError, parse, render
+from program import Completion, InputError, Prediction, Signature, ToolError, parse, render
 
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)       # statuses worth another try
 
@@ -60,6 +61,16 @@ class Endpoint:
             os.replace(file.name, stored)                   # whole, or not there
         return text
 
+    @classmethod
+    def named(cls, variable: str, **options) -> "Endpoint | None":
+        """The endpoint that an environment variable names ("ADDRESS MODEL"), its answers kept in .cache/; None where it is not
+        set. Raises InputError."""
+        if not (value := os.environ.get(variable)):
+            return None
+        if len(parts := value.split()) != 2:
+            raise InputError(f"{variable}: expected an address and a model, found {value!r}")
+        return cls(*parts, cache=".cache", **options)
+
     def _ask(self, body: dict) -> str:
         key = (os.environ.get("OPENAI_API_KEY") or "").strip()
         if not (key.isascii() and key.isprintable()):
@@ -90,3 +101,20 @@ class Endpoint:
     def predict(self, signature: Signature, instruction: str | None = None, **inputs) -> Prediction:
         """The output fields of a signature. Raises FormatError where the answer has them not."""
         return Prediction(parse(signature, self(render(signature, inputs, instruction))))
+
+
+class Remote:
+    """An endpoint in the place of a sampler: `run_programs(program, …, Remote(endpoint))` runs any program on it. It tells no token
+    ids, so nothing of it can be trained. `advance` raises ToolError where the endpoint gives no answer."""
+    def __init__(self, endpoint: Endpoint, threads: int = 8):
+        self.endpoint, self.pool, self.waiting = endpoint, ThreadPoolExecutor(threads), {}
+
+    def submit(self, messages: list[dict], key: tuple) -> int:
+        self.waiting[ticket := len(self.waiting)] = self.pool.submit(self.endpoint, messages)
+        return ticket
+
+    def advance(self) -> list[tuple[int, Completion]]:
+        ended = wait([f for f in self.waiting.values() if f], return_when=FIRST_COMPLETED).done
+        done = [(ticket, f) for ticket, f in self.waiting.items() if f in ended]
+        self.waiting |= {ticket: None for ticket, _ in done}
+        return [(ticket, Completion([], [], [], "stop", f.result())) for ticket, f in done]

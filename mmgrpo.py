@@ -517,14 +517,15 @@ def play(model: Transformer, tokenizer: Tokenizer, task: Task, examples: list[di
     return runs, {"sampling": sampler.seconds, "tools": time.perf_counter() - began - sampler.seconds}
 
 
-def evaluate(model, tokenizer, task: Task, examples: list[dict], config: Config, temperature: float) -> dict:
+def evaluate(model, tokenizer, task: Task, examples: list[dict], config: Config, temperature: float, step: int = -1) -> dict:
     """Mean score of one run per example, its standard error, and how the runs ended; one that did not complete scores
-    failure_score. The random numbers are the same at every evaluation."""
-    runs, seconds = play(model, tokenizer, task, examples, config, temperature, step=-1)
+    failure_score. The random numbers are the same at every evaluation of a `step`."""
+    runs, seconds = play(model, tokenizer, task, examples, config, temperature, step)
     scores = np.array([t.reward if t.status == "completed" else config.failure_score for t in runs])
     names = sorted({name for t in runs for name in t.measures})
     return {"score": scores.mean(), "stderr": scores.std(ddof=len(scores) > 1) / math.sqrt(len(scores)), "statuses": statuses(runs),
             "measures": {name: np.mean([t.measures[name] for t in runs if name in t.measures]) for name in names},
+            "rollouts": len(runs), "tokens": sum(len(c.completion.token_ids) for t in runs for c in t.calls),
             "seconds": sum(seconds.values())}
 
 

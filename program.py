@@ -356,6 +356,7 @@ class Task:
     dev: list[dict]
     test: list[dict]
     defaults: dict = field(default_factory=dict)
+    instructions: dict[str, tuple[str, ...]] = field(default_factory=dict)      # module -> what prompt search may choose from
 
 
 # -------------------------------------------------------------------------------------------------------- driver

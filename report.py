@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import sys
 import textwrap
 from collections import Counter, defaultdict
@@ -122,9 +123,31 @@ class Tally:
                 **({"parity": dict(zip(("median", "q99", "max"), parity))} if self.fresh else {})}
 
 
+def read_lines(path: Path, cut: bool = False) -> list[dict]:
+    """The objects of a jsonl file, none if it is not there. `cut`: a last line that was not written to its end is cut off."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    if cut and not text.endswith("\n"):
+        text = text[:text.rfind("\n") + 1]
+        os.truncate(path, len(text.encode())) if path.exists() else None
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def cost(out: Path) -> dict:
+    """What a run or a prompt search took: runs of the program, sampled tokens, seconds; evaluations included."""
+    total = Counter(rollouts=0, tokens=0, seconds=0.0)
+    steps, dev = read_metrics(out)
+    for m in steps:
+        total.update(rollouts=sum(m["statuses"].values()), tokens=sum(x["tokens"] for x in m["modules"].values()),
+                     seconds=sum(m["seconds"].values()))
+    found = [json.loads((out / "candidates.json").read_text())] if (out / "candidates.json").exists() else []
+    for m in [x for d in dev for x in d["dev"].values()] + read_lines(out / "trials.jsonl") + found:
+        total.update(rollouts=m["rollouts"], tokens=m["tokens"], seconds=m["seconds"])
+    return dict(total)
+
+
 def read_metrics(out: Path) -> tuple[list[dict], list[dict]]:
     """metrics.jsonl of a run's folder -> (its training steps, its dev evaluations)."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = read_lines(out / "metrics.jsonl")
     return [m for m in lines if "reward" in m], [m for m in lines if "dev" in m]
 
 

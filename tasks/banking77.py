@@ -99,7 +99,7 @@ def load(folder: str = "") -> Task:
             texts.add(example["text"])
             examples.append(example)
     return Task(Classify(LABELS), exact_match, train=examples[:240], dev=examples[240:360], test=examples[360:],
-                defaults={"max_tokens": 48, "max_calls": 1})
+                defaults={"max_tokens": 48, "max_calls": 1}, instructions={"classify": INSTRUCTIONS})
 
 
 # ------------------------------------------------------------------------------------------------- the real edition

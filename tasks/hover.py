@@ -218,7 +218,8 @@ def load(folder: str = "") -> Task:
     claims = [wiki.claim() for _ in range(500)]
     return Task(ResearchHop(Search(wiki.articles)), recall, train=claims[:240], dev=claims[240:360], test=claims[360:],
                 defaults={"max_tokens": 64, "max_calls": 6, "steps": 24, "eval_every": 12, "lr": 1e-3, "warmup": 2,
-                          "format_failure_score": 0.0})
+                          "format_failure_score": 0.0, "demo_score": 0.75},
+                instructions={"generate_query": QUERY_INSTRUCTIONS, "append_notes": NOTE_INSTRUCTIONS})
 
 
 # ------------------------------------------------------------------------------------------------- the real edition

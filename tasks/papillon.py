@@ -13,7 +13,6 @@ variables, each an address and a model, MMGRPO_UNTRUSTED="http://localhost:8000/
 the response with the target in both orders, and counts the private details that the request gives away. Without them there
 are stand-ins: the untrusted LM echoes the request, quality is word overlap with the target, leakage is a string match.
 """
-import os
 import random
 import re
 from pathlib import Path
@@ -109,15 +108,6 @@ class Judged:
                 "leakage_string": leakage(example, prediction)}
 
 
-def endpoint(variable: str) -> Endpoint | None:
-    """The endpoint that an environment variable names ("ADDRESS MODEL"); its answers are kept in .cache/. Raises InputError."""
-    if not (value := os.environ.get(variable)):
-        return None
-    if len(parts := value.split()) != 2:
-        raise InputError(f"{variable}: expected an address and a model, found {value!r}")
-    return Endpoint(*parts, cache=".cache")
-
-
 # ------------------------------------------------------------------------------------------- the miniature edition
 
 KINDS = ("letter", "note", "card", "message")
@@ -168,7 +158,8 @@ def load(folder: str = "") -> Task:
     names = Names(rng, "task")
     examples = [query(rng, names) for _ in range(500)]
     return Task(Papillon(untrusted), Reward(quality_of_parts), train=examples[:240], dev=examples[240:360],
-                test=examples[360:], defaults={"max_tokens": 64, "max_calls": 2})
+                test=examples[360:], defaults={"max_tokens": 64, "max_calls": 2},
+                instructions={"craft_redacted_request": CRAFT_INSTRUCTIONS, "respond_to_query": RESPOND_INSTRUCTIONS})
 
 
 # ------------------------------------------------------------------------------------------------- the real edition
@@ -180,6 +171,6 @@ def _load_real(folder: Path) -> Task:
     examples = [{"user_query": row["user_query"], "target": row["target_response"],
                  "pii": [unit for unit in row["pii_units"].split("||") if unit]} for row in rows]
     random.Random("papillon").shuffle(examples)
-    untrusted, judge = endpoint("MMGRPO_UNTRUSTED") or (lambda request: request), endpoint("MMGRPO_JUDGE")
+    untrusted, judge = Endpoint.named("MMGRPO_UNTRUSTED") or (lambda request: request), Endpoint.named("MMGRPO_JUDGE")
     return Task(Papillon(untrusted), Judged(judge) if judge else Reward(quality_of_words), *splits(folder, examples, 111, 221, 221),
                 {"max_tokens": 128, "max_calls": 2})
