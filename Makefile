@@ -3,7 +3,7 @@ TASK ?= hover
 PY := .venv/bin/python
 option = $(if $($(1)),--$(2) $($(1)))
 
-.PHONY: train prompts eval show data pretrain test mutants conformance oracle resume-check fuzz test-peers bench clean
+.PHONY: train prompts eval show reproduce data pretrain test mutants conformance oracle resume-check fuzz test-peers bench clean
 
 # Train the task's program with mmGRPO; everything the run leaves is in runs/TASK.
 # STRATEGY="p -> w" first searches its prompts; `make prompts` does only that.
@@ -14,6 +14,10 @@ train prompts: .venv/ready
 # Score a checkpoint (MODEL=runs/hover/last) on a split (ARGS="--split test"); show one run on one example as a trace.
 eval show: .venv/ready
 	$(PY) mmgrpo.py $@ --task $(TASK) $(call option,MODEL,model) $(call option,DATA,data) $(ARGS)
+
+# The paper's comparison: prompts, weights, both, on three programs; into results/LEDGER.md. It goes on where it was stopped.
+reproduce: .venv/ready
+	$(PY) reproduce.py $(call option,MODEL,model) $(call option,DATA,data) $(call option,OUT,out) $(if $(QUICK),--quick) $(ARGS)
 
 # Download the published data sets into DATA (data/), with sizes and checksums.
 data: .venv/ready

@@ -25,7 +25,7 @@ from mmgrpo import Config, advantages, evaluate, group_calls, play, policy_loss,
 from lora import load_adapter, lora_layers, merged
 from model import CheckpointError, Tokenizer, Transformer, load_pretrained, save_pretrained
 from program import STATUSES, Call, Completion, InputError, ProgramError, Task, Trajectory
-from prompts import compose, load_prompts, stages
+from prompts import compose, load_prompts, stages, write_json
 from report import ParityError, measure, read_metrics, show
 
 
@@ -180,12 +180,14 @@ def run_replay(folder: str, step: str, config: Config) -> str:
 def run_eval(task: Task, config: Config) -> str:
     """Score a checkpoint on a split, sampled and greedily, with how the runs ended."""
     model, tokenizer = load_model(config)
-    examples, lines = split_of(task, config.split, config)[:config.eval_examples or None], []
+    examples, lines, results = split_of(task, config.split, config)[:config.eval_examples or None], [], {}
     for name, temperature in ((f"sampled at {config.temperature}", config.temperature), ("greedy", 0.0)):
-        result = evaluate(model, tokenizer, task, examples, config, temperature)
+        result = results[name.split()[0]] = evaluate(model, tokenizer, task, examples, config, temperature)
         lines.append(f"{config.task} {config.split} score, {name}: {result['score']:.3f} ± {result['stderr']:.3f} "
                      f"({len(examples)} examples: {', '.join(f'{n} {s}' for s, n in result['statuses'].items() if n)})"
                      + "".join(f"\n  {name} {mean:.3f}" for name, mean in result["measures"].items()))
+    if config.out:
+        write_json(config.out, results)
     return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ class Config:
     model: str = "tasks/tiny"       # checkpoint folder in Hugging Face layout
     data: str = ""                  # folder with the task's real data; empty: the miniature edition
     prompts: str = ""               # JSON with instructions and demos, as prompts.py writes it
-    out: str = ""                   # folder of the run; empty: runs/<task>, then runs/<task>-2, …
+    out: str = ""                   # folder of the run; empty: runs/<task>, then runs/<task>-2, …; of `eval`: a JSON file
     seed: int = 0                   # everything random follows from it
     device: str = ""                # cpu or cuda; empty: cuda where there is one
     dtype: str = "float32"          # of the weights that sample and score: float32 or bfloat16; masters are float32

@@ -348,5 +348,6 @@ def compose(task: Task, config: Config, out: Path, load: Callable, stop: Callabl
         if stop():
             break
     result = at | {"stages": told}
-    write_json(out / "result.json", result)
+    if not stop():
+        write_json(out / "result.json", result)
     return result

@@ -158,7 +158,7 @@ def load(folder: str = "") -> Task:
     names = Names(rng, "task")
     examples = [query(rng, names) for _ in range(500)]
     return Task(Papillon(untrusted), Reward(quality_of_parts), train=examples[:240], dev=examples[240:360],
-                test=examples[360:], defaults={"max_tokens": 64, "max_calls": 2},
+                test=examples[360:], defaults={"max_tokens": 64, "max_calls": 2, "demo_score": 0.75},
                 instructions={"craft_redacted_request": CRAFT_INSTRUCTIONS, "respond_to_query": RESPOND_INSTRUCTIONS})
 
 
