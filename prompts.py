@@ -30,6 +30,7 @@ from mmgrpo import Config, Sampler, evaluate, play, train
 from model import save_pretrained
 from program import InputError, Module, Prediction, Program, Task, Trajectory, run_programs
 from report import cost, read_lines
+from tokenizer import read_json
 
 
 def save_prompts(program: Program, path: str | Path) -> None:
@@ -234,13 +235,8 @@ def candidates(task: Task, model, tokenizer, config: Config) -> dict:
 
 
 def read_instructions(path: str, modules: dict[str, Module]) -> dict[str, list[str]]:
-    """A JSON object: module -> a list of instructions. Raises InputError naming file and module."""
-    try:
-        given = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise InputError(f"{path}: cannot be read as JSON ({e})") from None
-    if not isinstance(given, dict):
-        raise InputError(f"{path}: expected an object: module -> a list of instructions")
+    """A JSON object: module -> a list of instructions. Raises CheckpointError or InputError naming file and module."""
+    given = read_json(Path(path))
     for name, texts in given.items():
         if name not in modules:
             raise InputError(f"{path}: {name}: no such module (there are {', '.join(modules)})")
@@ -258,7 +254,7 @@ def search(task: Task, model, tokenizer, config: Config, out: Path, stop: Callab
     if not (out / "candidates.json").exists():
         write_json(out / "candidates.json", {"config": options, "start": prompts_of(task.program)}
                    | candidates(task, model, tokenizer, config))
-    kept = json.loads((out / "candidates.json").read_text(encoding="utf-8"))
+    kept = read_json(out / "candidates.json")
     same_options(out, kept["config"], options)
     places = [(name, kind) for name, module in kept["modules"].items() for kind in ("instructions", "demos") if len(module[kind]) > 1]
     sizes = [len(kept["modules"][name][kind]) for name, kind in places]
@@ -322,8 +318,9 @@ def affordable(kind: str, task: Task, config: Config, budget: int) -> int:
 
 def compose(task: Task, config: Config, out: Path, load: Callable, stop: Callable[[], bool] = lambda: False) -> dict:
     """The stages of config.strategy one after another, each from the weights and prompts that the one before found best on dev
-    (where it starts is a candidate of every stage, so dev never falls). `load(config)` gives model and tokenizer. A strategy
-    of several stages has a folder for each in `out`. Returns where the best weights and prompts are, and the stages' dev scores."""
+    (where it starts is a candidate of every stage, so dev never falls). The task's program comes with its present prompts,
+    `load(config)` gives model and tokenizer. A strategy of several stages has a folder for each in `out`. Returns where the best
+    weights and prompts are, the dev scores of each stage and what it took."""
     kinds, at, told = stages(config.strategy), {"model": config.model, "prompts": config.prompts}, []
     for i, kind in enumerate(kinds):
         folder = out / f"{i + 1}-{kind}" if len(kinds) > 1 else out
@@ -337,8 +334,6 @@ def compose(task: Task, config: Config, out: Path, load: Callable, stop: Callabl
                 save_pretrained(merged(model), tokenizer, folder / "base")
             model, tokenizer = load(stage)
         folder.mkdir(parents=True, exist_ok=True)
-        if stage.prompts:
-            load_prompts(task.program, stage.prompts)
         before = prompts_of(task.program)
         scores = (train if kind == "w" else search)(task, model, tokenizer, stage, folder, stop)
         told.append({"stage": folder.name, "dev": scores} | cost(folder) if scores else {})

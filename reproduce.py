@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,8 +64,8 @@ class Job:
 
 class Study:
     """All of it: which jobs there are, what they left, what it says."""
-    def __init__(self, out: Path, tasks: list[str], seeds: int, options: dict, data: str, ablate: bool):
-        self.out, self.tasks, self.seeds, self.ablate = out, tasks, range(seeds), ablate
+    def __init__(self, out: Path, tasks: list[str], seeds: int, options: dict, data: str):
+        self.out, self.tasks, self.seeds = out, tasks, range(seeds)
         self.given = {t: options | ({"data": str(Path(data) / DATA[t])} if data else {}) for t in tasks}
         loaded = {t: load_task({"task": t} | self.given[t]) for t in tasks}
         self.task, self.config = {t: x[0] for t, x in loaded.items()}, {t: x[1] for t, x in loaded.items()}
@@ -89,7 +89,7 @@ class Study:
         for s in self.seeds:
             for t in self.tasks:
                 jobs += [train(t, s, "pw", strategy="p -> w"), train(t, s, "w")]
-            if self.ablate and "hover" in self.tasks:
+            if "hover" in self.tasks:
                 jobs += [train("hover", s, name, **more) for name, more in ABLATIONS.items()]
         return jobs
 
@@ -113,7 +113,7 @@ class Study:
                 pw = self.folder(t, s, "pw")
                 found = {"vanilla": {}, "p": {"prompts": pw / "1-p/prompts.json"},
                          "pw": {"model": pw / "2-w/best", "prompts": pw / "1-p/prompts.json"}}
-                for arm in ("w", "w-equal", *(ABLATIONS if t == "hover" and self.ablate else ())):
+                for arm in ("w", "w-equal", *(ABLATIONS if t == "hover" else ())):
                     found[arm] = {"model": self.folder(t, s, arm) / "best"}
                 for arm, more in found.items():
                     leaves = self.out / f"{t}-{s}" / f"test-{arm}.json"
@@ -147,9 +147,9 @@ class Study:
             play(model, tokenizer, task, few, config, config.temperature, -1)
             each = (time.perf_counter() - began) / len(few)
             p, w = rollouts("p", config.trials, task, config), rollouts("w", config.steps, task, config)
-            arms = 2 * (p + w) + (w * len(ABLATIONS) if t == "hover" and self.ablate else 0)       # with w-equal, which is w and as many as p more
+            arms = 2 * (p + w) + w * len(ABLATIONS) * (t == "hover")        # w-equal is w, then as many rollouts more as p takes
             tests = 2 * len(task.test) * (len(ARMS) + len(ABLATIONS) * (t == "hover"))
-            total += len(self.seeds) * (arms + w + tests)
+            total += len(self.seeds) * (arms + tests)
             seconds += len(self.seeds) * (arms * 1.7 + tests) * each        # an update takes about as long as its rollouts
         return f"{total:,} rollouts, about {seconds / min(jobs, 2) / 60:.0f} minutes (an estimate from a few rollouts)"
 
@@ -172,7 +172,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def signed(values: list[float]) -> str:
-    return interval(values) if values[0] != values[0] or np.mean(values) < 0 else "+" + interval(values)
+    return "+" * bool(np.mean(values) >= 0) + interval(values)
 
 
 def ledger(study: Study, command: str, spent: float) -> str:
@@ -201,7 +201,7 @@ def ledger(study: Study, command: str, spent: float) -> str:
         [f"{ARMS[a]} − {ARMS[b]}", *(signed(diff(score[t, a, "sampled"], score[t, b, "sampled"])) for t in tasks), signed(diff(mean(a), mean(b))),
          f"{np.mean([np.subtract(PAPER[t][list(ARMS).index(a)], PAPER[t][list(ARMS).index(b)]) for t in tasks]):+.1f}" if b != "w-equal" else "",
          signed(diff(mean(a, "greedy"), mean(b, "greedy")))] for a, b in DIFFERENCES]), verdict(mean)]
-    if study.ablate and "hover" in tasks:
+    if "hover" in tasks:
         names = {"w": "keep (the default)", "truncate": "truncate", "fill": "fill (the paper)", "k-diverse": "4 diverse members of 8",
                  "trajectory": "trajectory level (Eq. 9)", "no-std": "advantages not divided by the std"}
         parts += ["## Ablations: weights alone, on hover\n", table(["", "test, sampled", "test, greedy", "sampled, minus keep", "seconds"], [
@@ -278,7 +278,7 @@ def figures(study: Study, results: Path) -> None:
         ax.set(title=t, xlabel="rollouts, evaluations included", ylabel="best dev score so far, sampled")
         ax.legend()
     figure.tight_layout(), figure.savefig(results / "rollouts.png", dpi=110), pyplot.close(figure)
-    if study.ablate and "hover" in study.tasks:
+    if "hover" in study.tasks:
         figure, ax = pyplot.subplots(figsize=(6, 4))
         bars(ax, {"keep": study.score("hover", "w")} | {a: study.score("hover", a) for a in ABLATIONS}, "hover: weights alone")
         figure.tight_layout(), figure.savefig(results / "ablations.png", dpi=110), pyplot.close(figure)
@@ -299,13 +299,18 @@ def main() -> None:
     if odd := set(tasks) - set(TASKS):
         raise InputError(f"--tasks: {min(odd)!r} is none of {', '.join(TASKS)}")
     options = ({"model": args.model} if args.model else {}) | (QUICK if args.quick else {})
-    study = Study(args.out, tasks, 1 if args.quick else args.seeds, options, args.data, ablate=True)
+    study = Study(args.out, tasks, 1 if args.quick else args.seeds, options, args.data)
     print(f"{len(study.trainings())} trainings and more, {args.jobs} at a time: {study.estimate(args.jobs)}", flush=True)
     for what in ("trainings", "longer", "evaluations"):
         jobs = getattr(study, what)()
-        with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(jobs), desc=what, unit="job") as bar:
-            for _ in pool.map(Job.run, jobs):
-                bar.update()
+        with ThreadPoolExecutor(args.jobs) as pool:
+            running = [pool.submit(job.run) for job in jobs]
+            try:
+                for job in tqdm(as_completed(running), desc=what, unit="job", total=len(jobs)):
+                    job.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)          # those that run go on to their end
+                raise
     args.results.mkdir(parents=True, exist_ok=True)
     path, kept = args.results / "LEDGER.md", ""
     if path.exists() and "\n## Analysis" in path.read_text(encoding="utf-8"):
