@@ -29,7 +29,7 @@ from cli import load_model, load_task
 from mmgrpo import play
 from program import InputError
 from prompts import affordable, rollouts, write_json
-from report import interval, read_lines, read_metrics
+from report import interval, read_lines
 
 ROOT = Path(__file__).parent
 TASKS = ("banking77", "papillon", "hover")

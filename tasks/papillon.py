@@ -18,7 +18,7 @@ import re
 from pathlib import Path
 
 from endpoint import Endpoint
-from program import ChainOfThought, InputError, Prediction, Program, Signature, Task, gather, tool
+from program import ChainOfThought, Prediction, Program, Signature, Task, gather, tool
 from tasks.files import read_rows, splits, text
 from tasks.world import Names
 

@@ -4,14 +4,17 @@ import json
 import random
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import make_model
 from hypothesis import given
 from hypothesis import strategies as st
 
 import cli
 import mmgrpo as G
+import model as M
 import prompts as P
 from endpoint import Remote
+from lora import merged as merge
 from program import Call, Completion, InputError, Module, Prediction, Program, Task, ToolError, Trajectory, run_programs
 from report import cost, read_metrics
 from tokenizer import CheckpointError
@@ -307,11 +310,7 @@ def test_all_rollouts_are_counted_and_within_the_budget(model, tokenizer, tmp_pa
 
 
 def test_stages_go_on_where_they_were_stopped(tokenizer, tmp_path):
-    from conftest import make_model
-    fresh = lambda stage: (make_model(vocab_size=tokenizer.size) if stage.model == "start" else G_load(stage), tokenizer)
-    def G_load(stage):
-        from model import load_pretrained
-        return load_pretrained(stage.model)[0]
+    fresh = lambda stage: (make_model(vocab_size=tokenizer.size) if stage.model == "start" else M.load_pretrained(stage.model)[0], tokenizer)
     config = dataclasses.replace(SMALL, model="start", strategy="(p -> w) x 2", eval_every=1)
     whole = P.compose(loose(lambda e, p: 1.0), config, tmp_path / "whole", fresh)
     for limit in (2, 5, 9, 99):
@@ -322,6 +321,20 @@ def test_stages_go_on_where_they_were_stopped(tokenizer, tmp_path):
     assert [m["digest"] for m in read_metrics(tmp_path / "whole" / "4-w")[0]] == [m["digest"] for m in read_metrics(tmp_path / "parts" / "4-w")[0]]
     first, third = (read_metrics(tmp_path / "whole" / f)[0] for f in ("2-w", "4-w"))
     assert first[0]["digest"] != third[0]["digest"]                 # the second round draws anew
+
+
+def test_a_second_training_with_lora_starts_from_the_merged_first(tokenizer, tmp_path):
+    start = make_model(vocab_size=tokenizer.size)
+    M.save_pretrained(start, tokenizer, tmp_path / "start")
+    config = dataclasses.replace(SMALL, model=str(tmp_path / "start"), strategy="w -> p -> w", lora_rank=2, lr=0.01, warmup=0, eval_every=1)
+    score = lambda e, p: float(len(scored.append(1) or scored))         # better and better: the last weights are the best
+    scored = []
+    result = P.compose(loose(score), config, tmp_path, cli.load_model)
+    merged, base = M.load_pretrained(tmp_path / "3-w" / "base")[0], merge(cli.load_model(dataclasses.replace(config, model=str(tmp_path / "1-w/best")))[0])
+    assert all(torch.equal(a, b) for a, b in zip(merged.parameters(), base.parameters()))
+    assert not torch.equal(merged.layers[0].mlp.up_proj.weight, start.layers[0].mlp.up_proj.weight)
+    last = json.loads((tmp_path / "3-w/best/adapter_config.json").read_text())
+    assert last["base_model_name_or_path"] == str(tmp_path / "3-w" / "base") and result["model"] == str(tmp_path / "3-w" / "best")
 
 
 def test_the_command_line_searches_prompts_and_then_trains(tmp_path, capsys, monkeypatch):
