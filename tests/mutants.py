@@ -87,6 +87,12 @@ MUTANTS = [
     ("bugs of the program are no outcome", "program.py", "        except ToolError as e:\n            status,", "        except Exception as e:\n            status,", "program"),
     ("prompts are those of DSPy's XML adapter", "program.py", '"Your input fields are:', '"Your inputs are:', "program"),
     ("values that spell tags are escaped", "program.py", 'str(s).replace("&", "&amp;").replace("<", "&lt;")', "str(s)", "program"),
+    ("descriptions of a DSPy state are in the prompt", "prompts.py", 'told[name] = "" if default else text', 'told[name] = ""', "prompts"),
+    ("DSPy's names of chains of thought", "prompts.py", '".predict" * isinstance(value, ChainOfThought)', '""', "prompts"),
+    ("a DSPy state's fields are this module's", "prompts.py", "not default or default[1] == name", "True", "prompts"),
+    ("prompts are checked before any is changed", "prompts.py", """    for name, m in modules.items():
+        m.instruction, m.demos, m.signature = """, """        m.instruction, m.demos, m.signature = """, "prompts program"),
+    ("saved prompts keep the descriptions", "prompts.py", '{f.name: f.description for f in _fields(m) if f.description}', "{}", "prompts"),
     # the model
     ("text of users never becomes a control token", "tokenizer.py", 'self.plain.encode(text.encode(', 'self.tokenizer.encode(text.encode(', "model"),
     ("contents cannot forge the template's tokens", "tokenizer.py", 'm | {"content": disarm(m["content"])}', "m", "model"),
