@@ -488,6 +488,10 @@ def step_gradient(model: Transformer, rows: list[Row], config: Config, vocabular
                 hidden = d_hidden = None                    # frees the failed graph
                 continue
             tally.batch(tree, loss(logprobs, slice(None)).item(), logprobs, old, advantage, ref)
+            if fresh and not (config.lora_dropout and tally.apart[1:]):
+                if config.lora_dropout:                     # was not there when sampling: one micro-batch is scored without it
+                    logprobs = batch_logprobs(model, tree, config.temperature, vocabulary)
+                tally.compare(tree, logprobs, old)
             for g, m in zip(gradient, more):
                 if m is not None:                           # an untied head is no part of the states' graph
                     g += m

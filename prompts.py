@@ -52,20 +52,23 @@ def load_prompts(program: Program, path: str | Path) -> None:
         del prompts["metadata"]
     modules = _dspy_modules(program) if of_dspy else program.modules()
     if odd := sorted(prompts.keys() ^ modules.keys()):
-        raise InputError(f"{path}: {odd[0]} is {'missing' if odd[0] in modules else 'unknown'}; expected the modules {', '.join(modules)}")
+        verdict = "missing" if odd[0] in modules else "unknown"
+        raise InputError(f"{path}: {odd[0]} is {verdict}; expected the modules {', '.join(modules)}")
     for name, m in modules.items():
         where, p, names = f"{path}: {name}", prompts[name], [f.name for f in _fields(m)]
         _need(isinstance(p, dict), where, "expected an object")
         p = prompts[name] = _from_dspy(p, names, where) if of_dspy else p
         _need(isinstance(p.get("instruction"), str), where, "instruction: expected text")
-        _need(isinstance(p.get("demos"), list) and all(isinstance(d, dict) for d in p["demos"]), where, "demos: expected a list of objects")
+        _need(isinstance(p.get("demos"), list) and all(isinstance(d, dict) for d in p["demos"]), where,
+              "demos: expected a list of objects")
         told = p.setdefault("descriptions", {f.name: f.description for f in _fields(m)})
         _need(isinstance(told, dict) and told.keys() <= set(names) and all(isinstance(t, str) for t in told.values()), where,
               f"descriptions: expected texts of {', '.join(names)}")
     for name, m in modules.items():
-        m.instruction, m.demos, m.signature = prompts[name]["instruction"], prompts[name]["demos"], copy.copy(m.signature)
-        described = lambda fields: tuple(dataclasses.replace(f, description=prompts[name]["descriptions"].get(f.name, "")) for f in fields)
-        m.signature.inputs, m.signature.outputs = described(m.signature.inputs), described(m.signature.outputs)
+        p, s = prompts[name], copy.copy(m.signature)
+        described = lambda fields: tuple(dataclasses.replace(f, description=p["descriptions"].get(f.name, "")) for f in fields)
+        s.inputs, s.outputs = described(s.inputs), described(s.outputs)
+        m.instruction, m.demos, m.signature = p["instruction"], p["demos"], s
 
 
 def _need(good: bool, where: str, what: str) -> None:
@@ -89,13 +92,15 @@ def _dspy_modules(program: Program) -> dict[str, Module]:
 
 
 def _from_dspy(state: dict, names: list[str], where: str) -> dict:
-    """DSPy's state of a predictor with these fields -> an entry of `save_prompts`. DSPy's fields have no names, only an order; but
-    one without a description of its own is described as ${name}."""
+    """DSPy's state of a predictor with these fields -> an entry of `save_prompts`. DSPy's fields have no names, only an order;
+    but one without a description of its own is described as ${name}."""
     signature, told = state.get("signature"), {}
-    _need(isinstance(signature, dict) and isinstance(signature.get("fields"), list), where, "signature: expected instructions and fields")
+    _need(isinstance(signature, dict) and isinstance(signature.get("fields"), list), where,
+          "signature: expected instructions and fields")
     _need(isinstance(signature.get("instructions"), str), where, "signature: instructions: expected text")
-    _need(len(signature["fields"]) == len(names), where, f"signature: {len(signature['fields'])} fields; expected {', '.join(names)}")
-    for name, saved in zip(names, signature["fields"]):
+    fields = signature["fields"]
+    _need(len(fields) == len(names), where, f"signature: {len(fields)} fields; expected {', '.join(names)}")
+    for name, saved in zip(names, fields):
         text = saved.get("description") if isinstance(saved, dict) else None
         _need(isinstance(text, str), where, f"field {name}: description: expected text")
         default = re.fullmatch(r"\$\{(\w+)\}", text)

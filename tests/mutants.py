@@ -91,7 +91,7 @@ MUTANTS = [
     ("DSPy's names of chains of thought", "prompts.py", '".predict" * isinstance(value, ChainOfThought)', '""', "prompts"),
     ("a DSPy state's fields are this module's", "prompts.py", "not default or default[1] == name", "True", "prompts"),
     ("prompts are checked before any is changed", "prompts.py", """    for name, m in modules.items():
-        m.instruction, m.demos, m.signature = """, """        m.instruction, m.demos, m.signature = """, "prompts program"),
+        p, s = prompts""", """        p, s = prompts""", "prompts program"),
     ("saved prompts keep the descriptions", "prompts.py", '{f.name: f.description for f in _fields(m) if f.description}', "{}", "prompts"),
     # the model
     ("text of users never becomes a control token", "tokenizer.py", 'self.plain.encode(text.encode(', 'self.tokenizer.encode(text.encode(', "model"),
@@ -117,6 +117,8 @@ MUTANTS = [
     ("other options are refused", "checkpoint.py", "if key not in FREE and options.get(key) != value:", "if False:", "train"),
     ("the reference is the start, also where a run goes on", "mmgrpo.py", "else copy.deepcopy(model)\n", "else model\n", "train"),
     ("sampler and trainer must agree", "report.py", "if not apart.max() <= self.tolerance:", "if apart.max() > 1e9:", "train"),
+    ("sampler and trainer must agree under dropout too", "mmgrpo.py", "if fresh and not (config.lora_dropout and tally.apart[1:]):", "if fresh and not config.lora_dropout:", "train"),
+    ("what dropout scores is not held against the sampler", "mmgrpo.py", "                if config.lora_dropout:  ", "                if False:  ", "lora"),
     ("a gradient that is not finite moves nothing", "mmgrpo.py", 'if not math.isfinite(metrics["grad_norm"]):', "if False:", "train"),
     ("a micro-batch that does not fit is halved", "mmgrpo.py", 'if "memory" not in str(e) or len(tree.rows) == 1:', "if True:", "train"),
     ("logits that are not finite are told", "mmgrpo.py", "if not math.isfinite(sum(logprobs)):", "if False:", "train"),

@@ -22,8 +22,9 @@ def entry(instruction: str, *fields: tuple[str, str], demos=()) -> dict:
 
 
 STATE = {               # as dspy.Module.save wrote it of the same program (DSPy 3.4.1), but for the versions
-    "ask.predict": entry("Answer well.", ("Question:", "${question}"), ("Notes:", "from before"), ("Reasoning:", "${reasoning}"), ("Answer:", "${answer}"),
-                         demos=[{"augmented": True, "question": "q", "notes": ["n"], "reasoning": "r", "answer": "x"}, {"question": "p", "answer": "y"}]),
+    "ask.predict": entry("Answer well.", ("Question:", "${question}"), ("Notes:", "from before"), ("Reasoning:", "${reasoning}"),
+                         ("Answer:", "${answer}"), demos=[{"question": "p", "answer": "y"}, {
+                             "augmented": True, "question": "q", "notes": ["n"], "reasoning": "r", "answer": "x"}]),
     "steps[0]": entry("Given the fields `a`, produce the fields `b`.", ("A:", "${a}"), ("B:", "${b}")),
     "steps[1]['x']": entry("Other.", ("A:", "${a}"), ("B:", "${b}")),
     "metadata": {"dependency_versions": {"dspy": "3.4.1"}},
