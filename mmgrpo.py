@@ -157,8 +157,11 @@ class Sampler:
 
     def _admit(self):
         """Prefill waiting prompts, every distinct prefix once, and sample the first token of each."""
-        chains, ids, taken, places, last, budget = [], [], [], [], [], 8192     # tokens a pass, to bound its memory
+        chains, ids, taken, places, last, budget, longest = [], [], [], [], [], 8192, 0     # tokens a pass, to bound its memory
         while self.waiting and len(self.live) < self.slots and budget > 0:
+            longest = max(longest, len(self.waiting[0][1]))
+            if taken and (len(taken) + 1) * longest > 8 * 8192:     # a long prompt among short ones: all are padded to its blocks
+                break
             ticket, prompt, uniforms = self.waiting.popleft()
             slot = len(self.live)
             self.uniforms[slot, :len(uniforms)] = torch.from_numpy(uniforms)

@@ -44,6 +44,7 @@ MUTANTS = [
     ("one seed gives no two requests the same numbers", "mmgrpo.py", "hashlib.blake2b(repr(key).encode()", "hashlib.blake2b(repr(key[:3]).encode()", "sampler"),
     ("slots that move take their state along", "mmgrpo.py", "                self.cache.move(len(self.live), i)\n", "", "sampler"),
     ("a prefix that prompts share is prefilled once", "mmgrpo.py", "keep = max((common(prompt[:-1], p) for p in near), default=0)", "keep = 0", "sampler"),
+    ("a long prompt does not pad many short ones", "mmgrpo.py", "if taken and (len(taken) + 1) * longest > 8 * 8192:", "if False:", "sampler"),
     ("a finished slot is refilled at once", "mmgrpo.py", "        while self.waiting and len(self.live) < self.slots:\n", "        while self.waiting and not self.live:\n", "sampler"),
     ("top-p and top-k stay out of training", "mmgrpo.py", '("top_k", config.top_k), ("top_p", config.top_p < 1), ', "", "train"),
     ("a prompt that leaves no room is a typed end", "mmgrpo.py", 'Completion(prompt, [], [], "length")', 'Completion(prompt, [], [], "stop")', "sampler"),
