@@ -59,6 +59,7 @@ MUTANTS = [
     ("LoRA's dropout is in the update alone", "lora.py", "training=torch.is_grad_enabled() and self.dropout > 0", "training=self.dropout > 0", "lora"),
     ("the key of an endpoint is not told", "endpoint.py", 'text.replace(key, "***") if key else text', "text", "endpoint"),
     ("an endpoint's answers are kept apart by server and options", "endpoint.py", "json.dumps([self.url, body], sort_keys=True)", "json.dumps(messages)", "endpoint"),
+    ("an answer that comes in drops must be whole in time", "endpoint.py", "if time.monotonic() - began > self.timeout:", "if False:", "endpoint"),
     # groups and advantages
     ("groups are keyed by invocation", "mmgrpo.py", "places[module, k][i] = (c,)", "places[module, 0][i] = (c,)", "grouping"),
     ("groups are keyed by module", "mmgrpo.py", "made[i][call.module].append(c)", 'made[i]["m"].append(c)', "grouping"),
@@ -130,6 +131,10 @@ MUTANTS = [
     # tasks
     ("no name of the tasks is in the pretraining text", "tasks/pretrain.py", 'names = Names(rng, "pretrain")', 'names = Names(rng, "task")', "tasks"),
     ("no sentence of the tasks is in the pretraining text", "tasks/pretrain.py", 'example = banking77.query(rng, "pretrain")', 'example = banking77.query(rng, "task")', "tasks"),
+    ("a kept index is of its stop words", "tasks/hover.py", "repr((bm25s.__version__, STOPWORDS))", "repr(bm25s.__version__)", "tasks"),
+    ("a kept index is of its bm25s", "tasks/hover.py", "repr((bm25s.__version__, STOPWORDS))", "repr(STOPWORDS)", "tasks"),
+    ("a benchmark leaves no process", "tests/bench.py", "            ends.callback(w.communicate)  ", "            ends  ", "bench"),
+    ("a benchmark leaves no file", "tests/bench.py", 'env=os.environ | {"TMPDIR": folder})', 'env={**os.environ})', "bench"),
     ("a run is never written over", "cli.py", "    if done >= config.steps:", "    if False:", "train"),
 ]
 
