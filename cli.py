@@ -25,7 +25,8 @@ from mmgrpo import Config, advantages, evaluate, group_calls, play, policy_loss,
 from lora import load_adapter, lora_layers, merged
 from model import CheckpointError, Tokenizer, Transformer, load_pretrained, save_pretrained
 from program import STATUSES, Call, Completion, InputError, ProgramError, Task, Trajectory
-from prompts import compose, load_prompts, stages, write_json
+from prompt_files import load_prompts, write_json
+from prompts import compose, stages
 from report import ParityError, measure, read_metrics, show
 
 

@@ -28,10 +28,10 @@ AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)       # statuses worth another 
 class Endpoint:
     """Chat completions of one model. Safe to call from several threads; at most `concurrency` requests are under way.
 
-    Raises ToolError, with what the server said, where no answer came after `retries` more tries (a connection that fails or
-    takes more than `timeout` seconds, one of the statuses AGAIN, an answer that is no chat completion; waits double from one
-    second to thirty, or are what Retry-After asks for), at once where another try cannot help. With `cache`, a folder, an answer
-    to a request made before, with the same model and options, is read from there."""
+    Raises ToolError, with what the server said, where no answer came after `retries` more tries (a connection that fails or is
+    silent for `timeout` seconds, an answer that is not whole by then, one of the statuses AGAIN, an answer that is no chat
+    completion; waits double from one second to thirty, or are what Retry-After asks for), at once where another try cannot help.
+    With `cache`, a folder, an answer to a request made before, with the same model and options, is read from there."""
     def __init__(self, url: str, model: str, *, timeout: float = 60.0, retries: int = 4, concurrency: int = 8,
                  cache: str | Path | None = None, wait: float = 1.0, **options):
         if not url.startswith(("http://", "https://")):
@@ -39,7 +39,7 @@ class Endpoint:
         self.url, self.model, self.retries, self.wait = url.rstrip("/") + "/chat/completions", model, retries, wait
         self.options = {"temperature": 0.0, "max_tokens": 512} | options
         self.cache, self.free = cache and Path(cache), threading.BoundedSemaphore(concurrency)
-        self.client = httpx.Client(timeout=timeout)
+        self.timeout, self.client = timeout, httpx.Client(timeout=timeout)
 
     def __call__(self, messages: str | list[dict], **options) -> str:
         messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
@@ -71,6 +71,16 @@ class Endpoint:
             raise InputError(f"{variable}: expected an address and a model, found {value!r}")
         return cls(*parts, cache=".cache", **options)
 
+    def _post(self, body: dict, headers: dict) -> httpx.Response:
+        """The whole answer. Raises HTTPError, also for one that comes in drops and is not whole in `timeout` seconds."""
+        began, parts = time.monotonic(), []
+        with self.client.stream("POST", self.url, json=body, headers=headers) as answer:
+            for part in answer.iter_raw():
+                parts.append(part)
+                if time.monotonic() - began > self.timeout:
+                    raise httpx.ReadTimeout(f"the answer was not whole in {self.timeout:g} s")
+        return httpx.Response(answer.status_code, headers=answer.headers, content=b"".join(parts))
+
     def _ask(self, body: dict) -> str:
         key = (os.environ.get("OPENAI_API_KEY") or "").strip()
         if not (key.isascii() and key.isprintable()):
@@ -79,7 +89,7 @@ class Endpoint:
         for left in range(self.retries, -1, -1):
             pause = min(self.wait * 2 ** (self.retries - left), 30.0)
             try:
-                answer = self.client.post(self.url, json=body, headers={"Authorization": f"Bearer {key}"} if key else {})
+                answer = self._post(body, {"Authorization": f"Bearer {key}"} if key else {})
                 if answer.status_code == 200:
                     text = answer.json()["choices"][0]["message"]["content"]
                     if isinstance(text, str):

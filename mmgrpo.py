@@ -157,8 +157,11 @@ class Sampler:
 
     def _admit(self):
         """Prefill waiting prompts, every distinct prefix once, and sample the first token of each."""
-        chains, ids, taken, places, last, budget = [], [], [], [], [], 8192     # tokens a pass, to bound its memory
+        chains, ids, taken, places, last, budget, longest = [], [], [], [], [], 8192, 0     # tokens a pass, to bound its memory
         while self.waiting and len(self.live) < self.slots and budget > 0:
+            longest = max(longest, len(self.waiting[0][1]))
+            if taken and (len(taken) + 1) * longest > 8 * 8192:     # a long prompt among short ones: all are padded to its blocks
+                break
             ticket, prompt, uniforms = self.waiting.popleft()
             slot = len(self.live)
             self.uniforms[slot, :len(uniforms)] = torch.from_numpy(uniforms)
@@ -488,6 +491,10 @@ def step_gradient(model: Transformer, rows: list[Row], config: Config, vocabular
                 hidden = d_hidden = None                    # frees the failed graph
                 continue
             tally.batch(tree, loss(logprobs, slice(None)).item(), logprobs, old, advantage, ref)
+            if fresh and not (config.lora_dropout and tally.apart[1:]):
+                if config.lora_dropout:                     # was not there when sampling: one micro-batch is scored without it
+                    logprobs = batch_logprobs(model, tree, config.temperature, vocabulary)
+                tally.compare(tree, logprobs, old)
             for g, m in zip(gradient, more):
                 if m is not None:                           # an untied head is no part of the states' graph
                     g += m

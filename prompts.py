@@ -10,10 +10,8 @@ paper of mmGRPO builds on.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
-import os
 import random
 import re
 import time
@@ -29,52 +27,9 @@ from lora import lora_layers, merged
 from mmgrpo import Config, Sampler, evaluate, play, train
 from model import save_pretrained
 from program import InputError, Module, Prediction, Program, Task, Trajectory, run_programs
+from prompt_files import difference, prompts_of, save_dspy, save_prompts, set_prompts, write_json
 from report import cost, read_lines
 from tokenizer import read_json
-
-
-def save_prompts(program: Program, path: str | Path) -> None:
-    """Write every module's instruction and demos as JSON."""
-    write_json(path, prompts_of(program))
-
-
-def prompts_of(program: Program) -> dict[str, dict]:
-    return {name: {"instruction": m.instruction, "demos": m.demos} for name, m in program.modules().items()}
-
-
-def set_prompts(program: Program, prompts: dict[str, dict]) -> None:
-    for name, module in program.modules().items():
-        module.instruction, module.demos = prompts[name]["instruction"], prompts[name]["demos"]
-
-
-def load_prompts(program: Program, path: str | Path) -> None:
-    """Read what `save_prompts` wrote. Raises InputError naming file and module, before anything is changed."""
-    modules = program.modules()
-    try:
-        prompts = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise InputError(f"{path}: cannot be read as JSON ({e})") from None
-    if not isinstance(prompts, dict) or prompts.keys() != modules.keys():
-        raise InputError(f"{path}: expected an object with the modules {', '.join(modules)}")
-    for name, p in prompts.items():
-        if not (isinstance(p, dict) and isinstance(p.get("instruction"), str) and isinstance(p.get("demos"), list)
-                and all(isinstance(d, dict) for d in p["demos"])):
-            raise InputError(f"{path}: {name}: expected an instruction (text) and demos (a list of objects)")
-    set_prompts(program, prompts)
-
-
-def write_json(path: str | Path, value) -> None:
-    """Whole, or not at all."""
-    temporary = Path(f"{path}.new")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def difference(before: dict[str, dict], after: dict[str, dict]) -> str:
-    """What changed in the prompts, as a unified diff of their texts."""
-    lines = lambda p: [*p["instruction"].splitlines(), *(f"demo: {json.dumps(d, ensure_ascii=False)}" for d in p["demos"])]
-    diffs = (difflib.unified_diff(lines(before[n]), lines(after[n]), n, n, lineterm="", n=99) for n in before)
-    return "\n".join(line for diff in diffs for line in diff) or "the prompts are as they were"
 
 
 # --------------------------------------------------------------------------------------------------- demonstrations
@@ -246,7 +201,7 @@ def read_instructions(path: str, modules: dict[str, Module]) -> dict[str, list[s
 
 
 def search(task: Task, model, tokenizer, config: Config, out: Path, stop: Callable[[], bool] = lambda: False) -> list[float]:
-    """Search the prompts of the task's program; leave the best in it and in OUT/prompts.json; return the dev scores of what was
+    """Search the prompts of the task's program; leave the best in it and in OUT/prompts.json (for DSPy: dspy.json); return the dev scores of what was
     scored on all of dev, the start first: the best is never below it. Candidates and trials are kept (candidates.json,
     trials.jsonl): a search that was killed goes on with the trial at hand and ends as if it had not been."""
     out.mkdir(parents=True, exist_ok=True)
@@ -282,6 +237,7 @@ def search(task: Task, model, tokenizer, config: Config, out: Path, stop: Callab
     whole = [t for t in trials if t["full"]]
     put(max(whole, key=lambda t: t["score"])["choice"] if whole else ())
     save_prompts(task.program, out / "prompts.json")
+    save_dspy(task.program, out / "dspy.json")
     return [t["score"] for t in whole]
 
 

@@ -89,23 +89,23 @@ class ParityError(RuntimeError):
 class Tally:
     """The figures of one pass over a step's rows: loss, mean KL (k3), share of clipped tokens, tokens forwarded and how many that
     were without sharing prefixes, micro-batches halved for want of memory, each module's share of the gradient norms; at the
-    first pass (`fresh`) also how far the log-probs are from the sampler's (`parity`: median, 99% quantile, maximum)."""
+    first pass (`fresh`) also how far the log-probs are from the sampler's (`parity`: median, 99% quantile, maximum; with dropout,
+    which is in the update alone, those of one micro-batch scored without it)."""
     def __init__(self, config, dtype: torch.dtype, fresh: bool):
         self.config, self.fresh, self.norms, self.sums, self.apart = config, fresh, {}, Counter(), [torch.zeros(1)]
         self.tolerance = config.parity or (1e-3 if dtype == torch.float32 else 0.5)
-        if config.lora_dropout:                             # what is scored is not what sampled
-            self.tolerance = math.inf
 
     @torch.no_grad()
     def batch(self, tree, loss: float, logprobs: Tensor, old: Tensor, advantage: Tensor, ref: Tensor | None) -> None:
-        """Count a micro-batch. Raises ParityError naming the call and the token whose log-probs are too far apart."""
+        """Count a micro-batch."""
         ratio, c = torch.exp(logprobs - old), self.config
         clipped = (ratio < 1 - c.clip_low) & (advantage < 0) | (ratio > 1 + c.clip_high) & (advantage > 0)
         kl = 0.0 if ref is None else (torch.exp(ref - logprobs) - (ref - logprobs) - 1).sum().item()
         self.sums.update(loss=loss, tokens=len(old), clipped=clipped.sum().item(), kl=kl, forwarded=len(tree.ids),
                          unshared=sum(len(path) for _, path in tree.paths))
-        if not self.fresh:
-            return
+
+    def compare(self, tree, logprobs: Tensor, old: Tensor) -> None:
+        """Raises ParityError naming the call and the token whose log-probs are too far apart."""
         apart = (logprobs - old).abs().cpu()
         self.apart.append(apart)
         if not apart.max() <= self.tolerance:               # NaN is too far

@@ -28,7 +28,8 @@ from tqdm import tqdm
 from cli import load_model, load_task
 from mmgrpo import play
 from program import InputError
-from prompts import affordable, rollouts, write_json
+from prompt_files import write_json
+from prompts import affordable, rollouts
 from report import interval, read_lines
 
 ROOT = Path(__file__).parent

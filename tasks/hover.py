@@ -74,10 +74,14 @@ STOPWORDS = "a an the of in on at is was are were by that which who and to from 
 
 
 class Search:
-    """BM25 (k1 0.9, b 0.4) over articles {title: text}; the title counts once more, in front of the text. With `kept`, a folder,
-    the index is built once, saved there and mapped into memory from then on."""
+    """BM25 (k1 0.9, b 0.4) over articles {title: text}; the title counts once more, in front of the text. With `kept`, a folder
+    for these articles, the index is built once, saved there and mapped into memory from then on; its name goes on with a digest of
+    the stop words and bm25s' version, whose index it is."""
     def __init__(self, articles: dict[str, str], documents: int = 3, kept: Path | None = None):
         self.articles, self.titles, self.documents = articles, list(articles), min(documents, len(articles))
+        if kept:
+            of = hashlib.blake2b(repr((bm25s.__version__, STOPWORDS)).encode(), digest_size=4)
+            kept = kept.with_name(f"{kept.name}-{of.hexdigest()}")
         if kept and kept.is_dir():
             self.index = bm25s.BM25.load(kept, mmap=True)
             return
@@ -85,9 +89,10 @@ class Search:
         self.index.index(self._tokens([f"{t} {t} {text}" for t, text in articles.items()], bool(kept)), show_progress=bool(kept))
         if kept:
             kept.parent.mkdir(parents=True, exist_ok=True)
-            self.index.save(part := Path(tempfile.mkdtemp(dir=kept.parent)))
-            with contextlib.suppress(OSError):              # another process was first
-                part.rename(kept)                           # whole, or not there
+            with tempfile.TemporaryDirectory(dir=kept.parent) as part:
+                self.index.save(Path(part) / "index")
+                with contextlib.suppress(OSError):          # another process was first
+                    (Path(part) / "index").rename(kept)     # whole, or not there
 
     def _tokens(self, texts: list[str], progress: bool = False):
         return bm25s.tokenize(texts, stopwords=STOPWORDS, return_ids=False, show_progress=progress)

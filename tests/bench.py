@@ -84,21 +84,24 @@ def seconds(run) -> float:
 
 def race(times: int, **cases: str) -> dict[str, tuple[float, float]]:
     """Each case, an expression that gives a function, in a process of its own; they run by turns, `times` times after a first
-    round that does not count -> median seconds of each, and the GB that its process held at the peak."""
-    workers = {name: subprocess.Popen([sys.executable, __file__, f"--worker={case}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-               for name, case in cases.items()}
-    def ask(worker) -> list[float]:
+    round that does not count -> median seconds of each, and the GB that its process held at the peak. However it ends, no
+    process is left, nor a temporary file of theirs."""
+    workers: dict[str, subprocess.Popen] = {}
+    def ask(worker) -> tuple[float, float]:
         try:
             print("go", file=worker.stdin, flush=True)
-            return [float(x) for x in worker.stdout.readline().split()[-2:]]
+            taken, peak = worker.stdout.readline().split()
+            return float(taken), float(peak)
         except (OSError, ValueError):
             raise RuntimeError(f"{worker.args[-1]} ended") from None
-    try:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as ends:
+        for name, case in cases.items():
+            w = workers[name] = subprocess.Popen([sys.executable, __file__, f"--worker={case}"], stdin=subprocess.PIPE,
+                                                 stdout=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": folder})
+            ends.callback(w.communicate)                    # the last first: killed, then waited for
+            ends.callback(w.kill)
         rounds = [[ask(w) for w in workers.values()] for _ in range(times + 1)][1:]
         return {name: (statistics.median(r[i][0] for r in rounds), rounds[-1][i][1]) for i, name in enumerate(workers)}
-    finally:
-        for w in workers.values():
-            w.kill()
 
 
 def work(case: str) -> None:

@@ -44,6 +44,7 @@ MUTANTS = [
     ("one seed gives no two requests the same numbers", "mmgrpo.py", "hashlib.blake2b(repr(key).encode()", "hashlib.blake2b(repr(key[:3]).encode()", "sampler"),
     ("slots that move take their state along", "mmgrpo.py", "                self.cache.move(len(self.live), i)\n", "", "sampler"),
     ("a prefix that prompts share is prefilled once", "mmgrpo.py", "keep = max((common(prompt[:-1], p) for p in near), default=0)", "keep = 0", "sampler"),
+    ("a long prompt does not pad many short ones", "mmgrpo.py", "if taken and (len(taken) + 1) * longest > 8 * 8192:", "if False:", "sampler"),
     ("a finished slot is refilled at once", "mmgrpo.py", "        while self.waiting and len(self.live) < self.slots:\n", "        while self.waiting and not self.live:\n", "sampler"),
     ("top-p and top-k stay out of training", "mmgrpo.py", '("top_k", config.top_k), ("top_p", config.top_p < 1), ', "", "train"),
     ("a prompt that leaves no room is a typed end", "mmgrpo.py", 'Completion(prompt, [], [], "length")', 'Completion(prompt, [], [], "stop")', "sampler"),
@@ -58,6 +59,7 @@ MUTANTS = [
     ("LoRA's dropout is in the update alone", "lora.py", "training=torch.is_grad_enabled() and self.dropout > 0", "training=self.dropout > 0", "lora"),
     ("the key of an endpoint is not told", "endpoint.py", 'text.replace(key, "***") if key else text', "text", "endpoint"),
     ("an endpoint's answers are kept apart by server and options", "endpoint.py", "json.dumps([self.url, body], sort_keys=True)", "json.dumps(messages)", "endpoint"),
+    ("an answer that comes in drops must be whole in time", "endpoint.py", "if time.monotonic() - began > self.timeout:", "if False:", "endpoint"),
     # groups and advantages
     ("groups are keyed by invocation", "mmgrpo.py", "places[module, k][i] = (c,)", "places[module, 0][i] = (c,)", "grouping"),
     ("groups are keyed by module", "mmgrpo.py", "made[i][call.module].append(c)", 'made[i]["m"].append(c)', "grouping"),
@@ -87,6 +89,12 @@ MUTANTS = [
     ("bugs of the program are no outcome", "program.py", "        except ToolError as e:\n            status,", "        except Exception as e:\n            status,", "program"),
     ("prompts are those of DSPy's XML adapter", "program.py", '"Your input fields are:', '"Your inputs are:', "program"),
     ("values that spell tags are escaped", "program.py", 'str(s).replace("&", "&amp;").replace("<", "&lt;")', "str(s)", "program"),
+    ("descriptions of a DSPy state are in the prompt", "prompt_files.py", 'told[name] = "" if default else text', 'told[name] = ""', "prompt_files"),
+    ("DSPy's names of chains of thought", "prompt_files.py", '".predict" * isinstance(value, ChainOfThought)', '""', "prompt_files"),
+    ("a DSPy state's fields are this module's", "prompt_files.py", "not default or default[1] == name", "True", "prompt_files"),
+    ("prompts are checked before any is changed", "prompt_files.py", """        _need(isinstance(told, dict)""", """        m.instruction = p["instruction"]
+        _need(isinstance(told, dict)""", "prompt_files program"),
+    ("saved prompts keep the descriptions", "prompt_files.py", '{f.name: f.description for f in _fields(m) if f.description}', "{}", "prompt_files"),
     # the model
     ("text of users never becomes a control token", "tokenizer.py", 'self.plain.encode(text.encode(', 'self.tokenizer.encode(text.encode(', "model"),
     ("contents cannot forge the template's tokens", "tokenizer.py", 'm | {"content": disarm(m["content"])}', "m", "model"),
@@ -111,6 +119,8 @@ MUTANTS = [
     ("other options are refused", "checkpoint.py", "if key not in FREE and options.get(key) != value:", "if False:", "train"),
     ("the reference is the start, also where a run goes on", "mmgrpo.py", "else copy.deepcopy(model)\n", "else model\n", "train"),
     ("sampler and trainer must agree", "report.py", "if not apart.max() <= self.tolerance:", "if apart.max() > 1e9:", "train"),
+    ("sampler and trainer must agree under dropout too", "mmgrpo.py", "if fresh and not (config.lora_dropout and tally.apart[1:]):", "if fresh and not config.lora_dropout:", "train"),
+    ("what dropout scores is not held against the sampler", "mmgrpo.py", "                if config.lora_dropout:  ", "                if False:  ", "lora"),
     ("a gradient that is not finite moves nothing", "mmgrpo.py", 'if not math.isfinite(metrics["grad_norm"]):', "if False:", "train"),
     ("a micro-batch that does not fit is halved", "mmgrpo.py", 'if "memory" not in str(e) or len(tree.rows) == 1:', "if True:", "train"),
     ("logits that are not finite are told", "mmgrpo.py", "if not math.isfinite(sum(logprobs)):", "if False:", "train"),
@@ -137,6 +147,10 @@ MUTANTS = [
     # tasks
     ("no name of the tasks is in the pretraining text", "tasks/pretrain.py", 'names = Names(rng, "pretrain")', 'names = Names(rng, "task")', "tasks"),
     ("no sentence of the tasks is in the pretraining text", "tasks/pretrain.py", 'example = banking77.query(rng, "pretrain")', 'example = banking77.query(rng, "task")', "tasks"),
+    ("a kept index is of its stop words", "tasks/hover.py", "repr((bm25s.__version__, STOPWORDS))", "repr(bm25s.__version__)", "tasks"),
+    ("a kept index is of its bm25s", "tasks/hover.py", "repr((bm25s.__version__, STOPWORDS))", "repr(STOPWORDS)", "tasks"),
+    ("a benchmark leaves no process", "tests/bench.py", "            ends.callback(w.communicate)  ", "            ends  ", "bench"),
+    ("a benchmark leaves no file", "tests/bench.py", 'env=os.environ | {"TMPDIR": folder})', 'env={**os.environ})', "bench"),
     ("a run is never written over", "cli.py", "    if done >= config.steps:", "    if False:", "train"),
 ]
 

@@ -1,4 +1,5 @@
 """LMs behind an endpoint, against a server in the test: what is sent, what is tried again, what is kept, what is never told."""
+import gzip
 import http.server
 import json
 import threading
@@ -25,11 +26,14 @@ def serve():
                 requests.append((self.path, dict(self.headers), body))
                 status, headers, content = answer(body)
                 data = (content if isinstance(content, str) else json.dumps(content)).encode()
+                data = gzip.compress(data) if "Content-Encoding" in headers else data
                 self.send_response(status)
                 for name, value in ({"Content-Length": str(len(data))} | headers).items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(data)
+                for i in range(0, len(data), size := 8 if "Drops" in headers else len(data) or 1):
+                    self.wfile.write(data[i:i + size])
+                    time.sleep(0.05 if "Drops" in headers else 0)
             def log_message(self, *_):
                 pass
         servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
@@ -98,6 +102,19 @@ def test_a_server_that_hangs_or_is_not_there_is_a_tool_error(serve):
     assert time.monotonic() - began < 3
     with pytest.raises(ToolError, match="ConnectError"):
         Endpoint("http://127.0.0.1:9/v1", "m", retries=1, wait=0.001)("hi")
+
+
+def test_an_answer_that_comes_in_drops_must_be_whole_in_time(serve):
+    url, requests = serve(lambda body: (200, {"Drops": "yes"}, said("x" * 2000)[2]))             # for 13 seconds
+    began = time.monotonic()
+    with pytest.raises(ToolError, match=r"ReadTimeout: the answer was not whole in 0.3 s"):
+        Endpoint(url, "m", timeout=0.3, retries=1, wait=0.001)("hi")
+    assert len(requests) == 2 and time.monotonic() - began < 5
+
+
+def test_a_compressed_answer_is_read(serve):
+    url, _ = serve(lambda body: (200, {"Content-Encoding": "gzip"}, said("packed")[2]))
+    assert Endpoint(url, "m")("hi") == "packed"
 
 
 def test_no_more_requests_are_under_way_than_allowed(serve):

@@ -17,12 +17,12 @@ from conftest import ROOT, make_model
 import cli
 import model as M
 from program import InputError
-from prompts import load_prompts, save_prompts
+from prompt_files import load_prompts, save_dspy, save_prompts
 from tasks import banking77, hover, papillon
 
 COUNT = int(os.environ.get("FUZZ", 100))
 KINDS = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors",
-         "prompts.json", "questions.jsonl", "corpus.jsonl", "train.csv", "categories.json", "PUPA_New.csv", "hover_dev.json", "group.json")
+         "prompts.json", "dspy.json", "questions.jsonl", "corpus.jsonl", "train.csv", "categories.json", "PUPA_New.csv", "hover_dev.json", "group.json")
 ODD = (None, True, -1, 0, 10**7, 2**40, 1e308, 0.5, "", "x", "<|im_end|>", "\x00é\U0001f642", [], {}, [[]], {"a": 1}, [None], "9" * 400)
 
 
@@ -74,6 +74,7 @@ def files(tmp_path_factory, tokenizer):
         with (folder / name).open("w", newline="") as f:
             csv.writer(f).writerows([header, *map(row, range(12))])
     save_prompts(hover.load().program, folder / "prompts.json")
+    save_dspy(hover.load().program, folder / "dspy.json")
     shutil.copy(ROOT / "tests" / "conformance" / "excluded.json", folder / "group.json")
     return folder
 
@@ -85,7 +86,7 @@ def read(folder: Path, kind: str) -> None:
         ids = tokenizer.encode_chat([{"role": "user", "content": "Hello <|im_end|>"}])
         assert tokenizer.decode(ids) is not None
         model.logits(model(torch.tensor([[i % model.config.vocab_size for i in ids[:20]]])))
-    elif kind == "prompts.json":
+    elif kind in ("prompts.json", "dspy.json"):
         program = hover.load().program
         load_prompts(program, folder / kind)
         program.generate_query.messages({"claim": "c", "key_facts": []})

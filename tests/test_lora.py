@@ -97,8 +97,9 @@ def test_dropout_acts_in_the_update_alone_and_follows_the_seed(tokenizer):
         add_lora(model, 4, 8.0, config.lora_dropout)
         optimizer, _ = G.prepare(model, config)
         task = dataclasses.replace(TASK, metric=lambda example, prediction, count=itertools.count(): next(count) % 3)
-        digests = [G.train_step(model, tokenizer, optimizer, None, task, config, i)["digest"] for i in range(2)]
-        return digests, M.trainable(model)
+        metrics = [G.train_step(model, tokenizer, optimizer, None, task, config, i) for i in range(2)]
+        assert all(0 < m["parity"]["max"] < 1e-3 for m in metrics)          # that of the scores without dropout
+        return [m["digest"] for m in metrics], M.trainable(model)
     (a, p), (b, q), (c, r) = run(config), run(config), run(LORA)
     assert a == b and all(map(torch.equal, p, q))           # the same seed, the same masks
     assert a[0] == c[0] and not all(map(torch.equal, p, r))

@@ -17,7 +17,7 @@ from strategies import ScriptedSampler
 from program import (ChainOfThought, Completion, Field, FormatError, InputError, LengthError, Module, Prediction, Program,
                      ProgramError, Signature, ToolError, gather, parse, render, render_outputs, run_programs,
                      tool)
-from prompts import load_prompts, save_prompts
+from prompt_files import load_prompts, save_prompts
 from report import show, statuses
 
 # ---------------------------------------------------------------------------------------------- signatures, prompts
@@ -146,7 +146,7 @@ def test_two_modules_of_one_signature_are_two_modules():
     assert [c.module for c in run(Two())[0].calls] == ["first", "second"]
 
 
-@given(st.integers(0, 5), st.integers(1, 4), st.randoms(use_true_random=False), st.integers(1, 5))
+@given(st.integers(0, 5), st.integers(1, 4), st.integers().map(random.Random), st.integers(1, 5))
 def test_the_order_in_which_requests_finish_changes_nothing(times, rollouts, rng, batch):
     reply = lambda messages, key: f"<y>{random.Random(repr(key)).random()}</y>"
     shuffle = lambda tickets: rng.sample(tickets, len(tickets))
@@ -396,7 +396,7 @@ def test_demos_and_instructions_are_in_the_prompt_and_survive_saving(tmp_path):
 
 
 @pytest.mark.parametrize("text, culprit", [
-    ("{", "JSON"), ("[]", "modules first, second"), ('{"first": {"instruction": "", "demos": []}}', "modules first, second"),
+    ("{", "JSON"), ("[]", "modules first, second"), ('{"first": {"instruction": "", "demos": []}}', "second is missing"),
     ('{"first": {"instruction": "", "demos": []}, "second": {"instruction": 3, "demos": []}}', "second"),
     ('{"first": {"instruction": "", "demos": ["d"]}, "second": {"instruction": "", "demos": []}}', "first")])
 def test_prompts_that_cannot_be_read_are_refused_and_change_nothing(tmp_path, text, culprit):

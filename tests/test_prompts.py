@@ -16,6 +16,7 @@ import prompts as P
 from endpoint import Remote
 from lora import merged as merge
 from program import Call, Completion, InputError, Module, Prediction, Program, Task, ToolError, Trajectory, run_programs
+from prompt_files import difference, load_prompts, prompts_of, save_prompts
 from report import cost, read_metrics
 from tokenizer import CheckpointError
 
@@ -58,7 +59,7 @@ def scripted(monkeypatch):
     monkeypatch.setattr(G, "Sampler", Scripted)
 
     def evaluate(model, tokenizer, task, examples, config, temperature, step=-1):
-        rng = random.Random(repr((P.prompts_of(task.program), step, examples)))
+        rng = random.Random(repr((prompts_of(task.program), step, examples)))
         return {"score": rng.random(), "stderr": 0.0, "statuses": {}, "measures": {}, "rollouts": len(examples), "tokens": 3, "seconds": 0.5}
     monkeypatch.setattr(P, "evaluate", evaluate)
 
@@ -200,10 +201,10 @@ def test_the_best_of_all_dev_is_kept_and_written(scripted, tmp_path):
     scores = P.search(task, None, None, CONFIG, tmp_path)
     trials = trials_of(tmp_path)
     assert scores == [t["score"] for t in trials if t["full"]] and max(scores) >= scores[0]
-    best = P.prompts_of(task.program)
+    best = prompts_of(task.program)
     other = make_task()
-    P.load_prompts(other.program, tmp_path / "prompts.json")
-    assert P.prompts_of(other.program) == best
+    load_prompts(other.program, tmp_path / "prompts.json")
+    assert prompts_of(other.program) == best
     kept = json.loads((tmp_path / "candidates.json").read_text())
     choice = max((t for t in trials if t["full"]), key=lambda t: t["score"])["choice"]
     places = [(m, k) for m in kept["modules"] for k in ("instructions", "demos") if len(kept["modules"][m][k]) > 1]
@@ -223,23 +224,23 @@ def test_a_search_that_was_killed_ends_as_if_it_had_not_been(scripted, tmp_path,
         with (resumed / "trials.jsonl").open("a") as log:
             log.write('{"trial": 99, "cho')
     P.search(second, None, None, CONFIG, resumed)
-    assert trials_of(whole) == trials_of(resumed) and P.prompts_of(first.program) == P.prompts_of(second.program)
+    assert trials_of(whole) == trials_of(resumed) and prompts_of(first.program) == prompts_of(second.program)
     with pytest.raises(InputError, match="begun with --minibatch 2, not 3"):
         P.search(make_task(), None, None, dataclasses.replace(CONFIG, minibatch=3), resumed)
 
 
 def test_a_program_with_nothing_to_choose_keeps_its_prompts(scripted, tmp_path):
     task = dataclasses.replace(make_task(), instructions={})
-    before = P.prompts_of(task.program)
+    before = prompts_of(task.program)
     assert len(P.search(task, None, None, dataclasses.replace(CONFIG, demos=0), tmp_path)) == 1
-    assert P.prompts_of(task.program) == before == json.loads((tmp_path / "prompts.json").read_text())
+    assert prompts_of(task.program) == before == json.loads((tmp_path / "prompts.json").read_text())
 
 
 def test_what_changed_in_the_prompts_is_shown_as_a_diff():
-    before = P.prompts_of(Two())
+    before = prompts_of(Two())
     after = before | {"ask": {"instruction": "Ask well.", "demos": [{"x": "a"}]}}
-    assert P.difference(before, after).splitlines() == ["--- ask", "+++ ask", "@@ -1 +1,2 @@", "-Ask.", "+Ask well.", '+demo: {"x": "a"}']
-    assert P.difference(before, before) == "the prompts are as they were"
+    assert difference(before, after).splitlines() == ["--- ask", "+++ ask", "@@ -1 +1,2 @@", "-Ask.", "+Ask well.", '+demo: {"x": "a"}']
+    assert difference(before, before) == "the prompts are as they were"
 
 
 # ------------------------------------------------------------------------------------------------------ composition
@@ -280,7 +281,7 @@ def test_weights_are_trained_under_the_prompts_that_were_found(model, tokenizer,
     monkeypatch.setattr(G, "step_gradient", lambda model, rows, *a, **o: (seen.extend(rows), original(model, rows, *a, **o))[1])
     def search(task, model, tokenizer, config, out, stop):
         task.program.ask.instruction, task.program.ask.demos = "Ask it so.", [{"x": "violet", "y": "crimson"}]
-        P.save_prompts(task.program, out / "prompts.json")
+        save_prompts(task.program, out / "prompts.json")
         return [0.0, 0.1]
     monkeypatch.setattr(P, "search", search)
     task = loose()

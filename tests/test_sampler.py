@@ -231,6 +231,22 @@ def test_a_finished_slot_is_refilled_at_once(model, abrupt, monkeypatch):
     assert beside > 2 and len({len(c.token_ids) for _, c in done}) > 3
 
 
+def test_a_long_prompt_among_short_ones_is_prefilled_in_bounded_memory(tokenizer, monkeypatch):
+    """No pass holds more scores than its longest prompt, and 8,192 tokens that each see as much, would."""
+    model, ids_only, passes = make_model(max_position_embeddings=4096), copy.copy(tokenizer), []
+    ids_only.encode_chat = lambda ids: ids
+    attention = G.TreeAttention
+    monkeypatch.setattr(G, "TreeAttention", lambda *a: passes.append(attention(*a)) or passes[-1])
+    sampler, rng = G.Sampler(model, ids_only, slots=121, max_tokens=1), np.random.default_rng(0)
+    for i, length in enumerate([20] * 60 + [2000] + [20] * 60):
+        sampler.submit(rng.integers(5, 2000, length).tolist(), (i,))
+    done = sampler.advance()
+    assert len(done) == 121 and max(p.keys.shape[1] for p in passes) == 2000
+    for p in passes:
+        longest = p.keys.shape[1]
+        assert p.seen.numel() <= (longest + 8192) * longest
+
+
 def test_no_two_requests_of_a_step_share_their_random_numbers(model, tokenizer):
     """Eight rollouts of one prompt; keys that differ in any part give different samples."""
     keys = [(0, 0, 0, r, "m", 0) for r in range(8)] + [(1, 0, 0, 0, "m", 0), (0, 1, 0, 0, "m", 0), (0, 0, 1, 0, "m", 0),

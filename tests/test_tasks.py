@@ -4,6 +4,7 @@ import json
 import random
 import re
 from itertools import chain
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -224,12 +225,21 @@ def test_the_published_data_itself_is_read(name, task, sizes):
     assert (len(t.train), len(t.dev), len(t.test)) == sizes
 
 
-def test_an_index_that_was_kept_finds_what_a_fresh_one_does(tmp_path):
+def test_an_index_that_was_kept_finds_what_a_fresh_one_does(tmp_path, monkeypatch):
     articles = {f"title {i}": f"text of {w}" for i, w in enumerate("river town bread song lamp river".split())}
-    fresh, kept, again = hover.Search(articles), hover.Search(articles, kept=tmp_path / "a" / "index"), hover.Search(articles, kept=tmp_path / "a" / "index")
-    assert (tmp_path / "a" / "index").is_dir() and not list((tmp_path / "a").glob("*.part"))
+    search, folder = lambda: hover.Search(articles, kept=tmp_path / "a" / "index"), tmp_path / "a"
+    for name, value in (("tasks.hover.STOPWORDS", ["river"]), ("bm25s.__version__", "0")):      # those are other indices
+        monkeypatch.setattr(name, value)
+        search()
+        monkeypatch.undo()
+    fresh, kept, again = hover.Search(articles), search(), search()
+    assert len([*folder.iterdir()]) == len([*folder.glob("index-*")]) == 3                      # and no half of one
+    monkeypatch.setattr(Path, "is_dir", lambda path: path == folder)     # as for two that begin at once: the second is late
+    late = search()
+    monkeypatch.undo()
+    assert len([*folder.iterdir()]) == 3
     for query in ("river", "bread and song", "title 3", "nothing"):
-        assert fresh(query) == kept(query) == again(query)
+        assert fresh(query) == kept(query) == again(query) == late(query)
 
 
 def test_published_data_is_fetched_checked_and_refused_by_name(tmp_path):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import cli
 import mmgrpo as G
 import model as M
+from lora import add_lora
 from program import InputError, Module, Prediction, Program, ProgramError, Task, tool
 from report import ParityError
 
@@ -394,8 +395,13 @@ def test_a_fault_in_sampler_or_trainer_trips_the_parity_gate(model, tokenizer, m
     if fault == "nan":
         original = G.head_gradient
         monkeypatch.setattr(G, "head_gradient", lambda *a: (original(*a)[0] * math.nan, original(*a)[1]))
-    with pytest.raises(ParityError, match=r"example \d, rollout \d, (first|second)\[\d\]: token \d+ \(id \d+\): log-prob .* when sampled"):
+    message = r"example \d, rollout \d, (first|second)\[\d\]: token \d+ \(id \d+\): log-prob .* when sampled"
+    with pytest.raises(ParityError, match=message):
         one_step(model, tokenizer, dataclasses.replace(CONFIG, temperature=0.7, max_tokens=16, slots=4))
+    if fault in ("position", "stale"):                      # those of the sampler are found under LoRA's dropout too
+        add_lora(model, 4, 8.0, dropout=0.5)
+        with pytest.raises(ParityError, match=message):
+            one_step(model, tokenizer, dataclasses.replace(CONFIG, lora_dropout=0.5, max_tokens=16, slots=4))
 
 
 # ---------------------------------------------------------------------------------------------------------------- faults

@@ -20,6 +20,7 @@ from dspy.adapters.xml_adapter import XMLAdapter  # noqa: E402
 
 import model as M  # noqa: E402
 import program as P  # noqa: E402
+from prompt_files import load_prompts, save_dspy  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------- transformers
 
@@ -97,6 +98,49 @@ def test_prompts_are_byte_for_byte_those_of_dspys_xml_adapter():
     for _ in range(500):
         theirs, ours, inputs, demos = random_case(rng)
         assert P.render(ours, inputs, None, demos) == adapter.format(theirs, demos, inputs)
+
+
+class Theirs(dspy.Module):
+    """Two random predictors; the list and the dict, whose names are the odd ones."""
+    def __init__(self, ask, step):
+        super().__init__()
+        self.ask, self.steps = dspy.ChainOfThought(ask), [dspy.Predict(step)]
+        self.by = {"x": dspy.Predict("a -> b")}
+
+
+class Ours(P.Program):
+    def __init__(self, ask, step):
+        self.ask, self.steps, self.by = P.ChainOfThought(ask), [P.Module(step)], {"x": P.Module("a -> b")}
+
+
+def same_prompts(theirs: Theirs, ours: Ours, ask: dict, step: dict) -> bool:
+    pairs = ((theirs.ask.predict, ours.ask, ask), (theirs.steps[0], ours.steps[0], step), (theirs.by["x"], ours.by["x"], {"a": "1"}))
+    return all(m.messages(inputs) == XMLAdapter().format(p.signature, [{**d} for d in p.demos], inputs) for p, m, inputs in pairs)
+
+
+def test_a_saved_state_of_dspy_gives_the_same_prompts_here_and_one_saved_here_the_same_there(tmp_path):
+    """Instructions, demos (as examples too, some augmented) and descriptions that an optimiser has set, over random signatures."""
+    rng, path = random.Random(2), tmp_path / "state.json"
+    for i in range(200):
+        a, b = random_case(rng), random_case(rng)
+        fresh = lambda: (Theirs(a[0], b[0]), Ours(a[1], b[1]))
+        (theirs, ours), ask, step = fresh(), a[2], b[2]
+        theirs.ask.predict.demos = [dspy.Example(augmented=True, reasoning=f"r{i}", **d).with_inputs(*ask) for d in a[3]]
+        theirs.steps[0].demos = b[3]
+        name = rng.choice(list(theirs.ask.predict.signature.fields))
+        theirs.ask.predict.signature = theirs.ask.predict.signature.with_updated_fields(name, desc=f"set {i}").with_instructions(f"Do {i}.\n  So.")
+        theirs.save(path)
+        load_prompts(ours, path)
+        assert same_prompts(theirs, ours, ask, step)
+        ours.ask.instruction, ours.steps[0].demos = "Otherwise.", ours.steps[0].demos[::-1]
+        save_dspy(ours, path)
+        (theirs, _), saved = fresh(), json.loads(path.read_text())
+        theirs.load(path)
+        assert same_prompts(theirs, ours, ask, step)
+        theirs.save(path)               # and what DSPy makes of it, it would have written so itself, but for other versions
+        again = json.loads(path.read_text())
+        assert {k: v for k, v in again.items() if k != "metadata"} == {k: v for k, v in saved.items() if k != "metadata"}
+        assert again["metadata"]["dependency_versions"]["dspy"] == saved["metadata"]["dependency_versions"]["dspy"]
 
 
 def dspys_groups(name: str, mode: str) -> str | set:
