@@ -4,8 +4,7 @@
     search       tries them, all modules together, on minibatches of dev; what it tries next follows what was good so far (TPE)
     compose      "p -> w": search prompts, then train weights under them; every stage starts from what the one before left
 
-The search is in the manner of MIPROv2 (arXiv 2406.11695), the composition that of BetterTogether (arXiv 2407.10930), which the
-paper of mmGRPO builds on.
+The search is in the manner of MIPROv2 (arXiv 2406.11695), the composition in that of BetterTogether (arXiv 2407.10930).
 """
 from __future__ import annotations
 
@@ -21,8 +20,8 @@ from typing import Callable
 
 from tqdm import tqdm
 
-from endpoint import Endpoint, Remote
 from checkpoint import same_options
+from endpoint import Endpoint, Remote
 from lora import lora_layers, merged
 from mmgrpo import Config, Sampler, evaluate, play, train
 from model import save_pretrained
@@ -93,9 +92,9 @@ class Propose(Program):
         return Prediction(text=(await self.propose(data_description=description, **given)).proposed_instruction)
 
 
-def propose(task: Task, demos: dict, config: Config, sampler) -> tuple[dict[str, list[str]], dict[str, int], int]:
+def propose(task: Task, demos: dict, config: Config, sampler) -> tuple[dict[str, list[str]], dict[str, int], list]:
     """`proposals` instructions per module from the LM behind the sampler, grounded in the module's signature, training examples,
-    calls of good runs, the present instruction and a tip -> those that can be used, why the others cannot, runs made."""
+    calls of good runs, the present instruction and a tip -> those that can be used, how many cannot and why, the runs of Propose."""
     shorten = lambda value: json.dumps(value, ensure_ascii=False, default=str)[:400]
     modules, asked = task.program.modules(), []
     for name, module in modules.items():
@@ -117,7 +116,7 @@ def propose(task: Task, demos: dict, config: Config, sampler) -> tuple[dict[str,
             dropped[wrong] += 1
         else:
             written[name].append(text)
-    return written, dict(dropped), len(runs)
+    return written, dict(dropped), runs
 
 
 def flaw(text: str, known: list[str]) -> str:
@@ -173,7 +172,7 @@ def candidates(task: Task, model, tokenizer, config: Config) -> dict:
         given = read_instructions(config.instructions, modules)
     sample = task.train[:config.bootstrap] if config.demos or config.proposals else []
     runs = play(model, tokenizer, task, sample, config, config.temperature, -2)[0] if sample else []
-    demos, written, dropped, asked = cut_demos(runs, config.demo_score), {}, {}, 0
+    demos, written, dropped, asked = cut_demos(runs, config.demo_score), {}, {}, []
     if config.proposals:
         endpoint = Endpoint.named("MMGRPO_PROPOSER", temperature=1.0)
         sampler = Remote(endpoint) if endpoint else Sampler(model, tokenizer, slots=config.slots, max_tokens=256,
@@ -185,7 +184,7 @@ def candidates(task: Task, model, tokenizer, config: Config) -> dict:
         found[name] = {"instructions": instructions, "demos": [m.demos, *demo_sets(
             m, demos.get(name, []), labelled_demos(m, sample), config, name)]}
     return {"modules": found, "good_runs": sum(t.status == "completed" and t.reward >= config.demo_score for t in runs),
-            "dropped": dropped, "rollouts": len(runs) + asked, "tokens": sum(len(c.completion.token_ids) for t in runs for c in t.calls),
+            "dropped": dropped, "rollouts": len(runs + asked), "tokens": sum(len(c.completion.token_ids) for t in runs + asked for c in t.calls),
             "seconds": time.perf_counter() - began}
 
 

@@ -142,7 +142,7 @@ MUTANTS = [
     ("useless proposals are counted", "prompts.py", "dropped[wrong] += 1", "pass", "prompts"),
     ("a stage begins where the last one ended", "prompts.py", "stage = dataclasses.replace(config, **at, seed", "stage = dataclasses.replace(config, seed", "prompts"),
     ("a second round draws anew", "prompts.py", "config.seed + 1000 * kinds[:i].count(kind)", "config.seed", "prompts"),
-    ("the runs for demonstrations are counted", "prompts.py", '"rollouts": len(runs) + asked', '"rollouts": asked', "prompts"),
+    ("the runs for demonstrations are counted", "prompts.py", '"rollouts": len(runs + asked)', '"rollouts": len(asked)', "prompts"),
     ("a budget is not overrun", "prompts.py", "+ n * min(config.minibatch, dev))", ")", "prompts"),
     # tasks
     ("no name of the tasks is in the pretraining text", "tasks/pretrain.py", 'names = Names(rng, "pretrain")', 'names = Names(rng, "task")', "tasks"),
