@@ -78,13 +78,13 @@ def capture(step: Callable[[], None]) -> Callable[[], None]:
 
 
 class Sampler:
-    """Continuous batching over the slots of a KV cache: waiting -> live -> done. Live sequences are in slots 0..n-1. Each `advance`
-    refills free slots from the waiting prompts, then decodes a token for every live one; the last moves into a finished one's
-    slot. Token t of a request is drawn with the t-th number of a Philox stream seeded by its key: batch-mates do not matter.
+    """Continuous batching over the slots of a KV cache: waiting -> live -> done. Live sequences are in slots 0..n-1. Each
+    `advance` refills free slots from the waiting prompts, then decodes a token for every live one; the last moves into a finished
+    one's slot. Token t of a request is drawn with the t-th number of a Philox stream seeded by its key, whatever its mates.
 
-    A prefix that two prompts share, and that is long enough, is kept in the cache's pool (keys and values, a forest of nodes) from
-    the second one on, while the weights stay as they are. The pool's first 512 nodes are the trunk, attended to in place by all
-    slots; of a path behind it every slot gets a copy."""
+    A prefix that two prompts share, and that is long enough, is kept in the cache's pool (keys and values, a forest of nodes)
+    from the second one on, while the weights stay as they are. The pool's first 512 nodes are the trunk, attended to in place by
+    all slots; of a path behind it every slot gets a copy."""
     TRUNK, POOL = (64, 512), (16, 8192)     # of each: how many new tokens a prefix needs to be kept there; where it ends
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, *, slots: int = 64, max_tokens: int = 128,

@@ -213,16 +213,16 @@ class TreeAttention:
     """`attend` for a forest of prefixes: T nodes as one sequence (1, T), in which each sees its ancestors and itself.
 
     `paths` are pairs (known, path), a path being nodes from a root on: path[:known] are there already, path[known:] are new, and
-    those of all paths, one after the other, are the T inputs. Two rows that share their first two tokens: TreeAttention([(0, [0, 1,
-    2]), (2, [0, 1, 3])]), T = 4, node 3 sees 0, 1 and itself. Keys and values are in `pool` (2, layers, nodes, K, d); without one,
-    node i is the i-th of the T. Queries go in blocks, each with the keys of its path (padded to the longest): the cost is that of
-    T x longest path, not of T x T."""
+    those of all paths, one after the other, are the T inputs. Two rows that share their first two tokens:
+    TreeAttention([(0, [0, 1, 2]), (2, [0, 1, 3])]), T = 4, node 3 sees 0, 1 and itself. Keys and values are in `pool` (2, layers,
+    nodes, K, d); without one, node i is the i-th of the T. Queries go in blocks, each with the keys of its path (padded to the
+    longest): the cost is that of T x longest path, not of T x T."""
     def __init__(self, paths: list[tuple[int, list[int]]], device=None, pool: Tensor | None = None):
         longest, size = max(len(path) for _, path in paths), max(len(path) - known for known, path in paths)
         size, blocks, new = min(size, max(64, longest // 8)), [], []            # so a long path is gathered 8 times at the most
         for i, (known, path) in enumerate(paths):
-            blocks += [(i, depth, len(new) + depth - known, len(path) - depth)  # of each block: its path, the depth of its first
-                       for depth in range(known, len(path), size)]              # query, that one's place in the T, how many follow
+            blocks += [(i, depth, len(new) + depth - known, len(path) - depth)  # a block: its path, the depth of its first query,
+                       for depth in range(known, len(path), size)]              # that one's place in the T, how many follow
             new += path[known:]
         which, depth, first, left = torch.tensor(blocks, device=device).unbind(1)
         offset = torch.arange(size, device=device)
@@ -270,8 +270,8 @@ class KVCache:
         return max(tokens, more) > 0
 
     def place(self, slots: list[int], paths: list[tuple[int, list[int]]]):
-        """Give sequences their slots. `paths` are pairs (in_trunk, path): path[:in_trunk] lie in the trunk and are seen there, the
-        others are copied to be the slot's own."""
+        """Give sequences their slots. `paths` are pairs (in_trunk, path): path[:in_trunk] lie in the trunk and are seen there,
+        the others are copied to be the slot's own."""
         self.sees[slots] = False
         for slot, (in_trunk, path) in zip(slots, paths):
             self.sees[slot, path[:in_trunk]] = True
