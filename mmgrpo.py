@@ -12,7 +12,7 @@ follow the clipped policy gradient of the sampled tokens.
 Map, in the order the data flows: Sampler; group_calls, advantages, weigh; head_gradient, policy_loss; pack, step_gradient;
 train. Programs and trajectories are in program.py, the transformer in model.py, the options in config.py, the command line in
 cli.py. Left out on purpose: critics, reward models, more than one machine.
-Letters: N loss-bearing tokens, S slots, T nodes of a tree; the others as in model.py."""
+Letters: N sampled tokens, which alone bear loss; S sequences that are sampled at once; the others as in model.py."""
 from __future__ import annotations
 
 import copy
@@ -78,19 +78,21 @@ def capture(step: Callable[[], None]) -> Callable[[], None]:
 
 
 class Sampler:
-    """Continuous batching over S slots of a KV cache: waiting -> live -> done. Pool: keys and values of prefixes, a forest of nodes;
-    its first 512 are the trunk, attended to in place by all slots; of a path behind it every slot gets a copy.
-    Live sequences are in slots 0..n-1. Each `advance` refills free slots from the waiting prompts, then decodes a token for
-    every live one; the last moves into a finished one's slot. A prefix that two prompts share, and that is long enough, is kept in
-    the cache's pool from the second one on, while the weights stay as they are. Token t of a request is drawn with the t-th number of a Philox stream seeded
-    by the request's key, so its batch-mates do not matter."""
+    """Continuous batching over the slots of a KV cache: waiting -> live -> done. Live sequences are in slots 0..n-1. Each
+    `advance` refills free slots from the waiting prompts, then decodes a token for every live one; the last moves into a finished
+    one's slot. Token t of a request is drawn with the t-th number of a Philox stream seeded by its key, whatever its mates.
+
+    A prefix that two prompts share, and that is long enough, is kept in the cache's pool (keys and values, a forest of nodes)
+    from the second one on, while the weights stay as they are. The pool's first 512 nodes are the trunk, attended to in place by
+    all slots; of a path behind it every slot gets a copy."""
     TRUNK, POOL = (64, 512), (16, 8192)     # of each: how many new tokens a prefix needs to be kept there; where it ends
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, *, slots: int = 64, max_tokens: int = 128,
                  temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
         self.model, self.tokenizer, self.slots, self.context = model, tokenizer, slots, model.config.max_positions
         self.temperature, self.top_k, self.top_p, self.device = temperature, top_k, top_p, model.head.device
-        self.max_tokens, self.version = (max_tokens := min(max_tokens, self.context)), None
+        max_tokens = min(max_tokens, self.context)
+        self.max_tokens, self.version = max_tokens, None                    # version: of the weights that the cache is of
         self.waiting: deque[tuple[int, list[int], np.ndarray]] = deque()    # ticket, prompt, uniform numbers
         self.live: list[tuple[int, list[int]]] = []                         # slot -> ticket, prompt
         self.done, self.tickets, self.seconds, self.longest = [], 0, 0.0, 0
@@ -422,7 +424,7 @@ class Tree:
     of one module begin alike, and often have the same prompt: the transformer passes over it once, forward and backward."""
     ids: list[int] = field(default_factory=list)            # [T]
     positions: list[int] = field(default_factory=list)      # [T] depth in the tree
-    paths: list[tuple[int, list[int]]] = field(default_factory=list)        # of each row: how many nodes it shares, its nodes
+    paths: list[tuple[int, list[int]]] = field(default_factory=list)        # of each row (known, nodes): rows before made so many
     rows: list[Row] = field(default_factory=list)
     at: list[int] = field(default_factory=list)             # [N] the nodes whose states predict the rows' sampled tokens
 

@@ -9,7 +9,8 @@ comparison of names and shapes. Left out, and refused by name: other architectur
     hidden = model(torch.tensor([ids]))                  # (B, T, D)
     logits = model.logits(hidden)                        # (B, T, V)
 
-Letters: B batch, T time, D model width, H query heads, K key/value heads, d width of a head, V vocabulary.
+Letters: B batch, T time (of a tree: its nodes, one after the other), L keys that queries may see, D model width, H query heads,
+K key/value heads, d width of a head, V vocabulary.
 """
 from __future__ import annotations
 
@@ -211,22 +212,24 @@ class Transformer(nn.Module):
 class TreeAttention:
     """`attend` for a forest of prefixes: T nodes as one sequence (1, T), in which each sees its ancestors and itself.
 
-    `paths` are pairs (known, path): path[known:] are new, and concatenated over all paths they are the T inputs. Two rows that share
-    their first two tokens: TreeAttention([(0, [0, 1, 2]), (2, [0, 1, 3])]), T = 4, node 3 sees 0, 1 and itself. Keys and values are
-    in `pool` (2, layers, nodes, K, d); without one, node i is the i-th of the T. Queries go in blocks, each with the keys of its path
-    (padded to the longest): the cost is that of T x longest path, not of T x T."""
+    `paths` are pairs (known, path), a path being nodes from a root on: path[:known] are there already, path[known:] are new, and
+    those of all paths, one after the other, are the T inputs. Two rows that share their first two tokens:
+    TreeAttention([(0, [0, 1, 2]), (2, [0, 1, 3])]), T = 4, node 3 sees 0, 1 and itself. Keys and values are in `pool` (2, layers,
+    nodes, K, d); without one, node i is the i-th of the T. Queries go in blocks, each with the keys of its path (padded to the
+    longest): the cost is that of T x longest path, not of T x T."""
     def __init__(self, paths: list[tuple[int, list[int]]], device=None, pool: Tensor | None = None):
-        longest, size = max(len(path) for _, path in paths), max(len(path) - shared for shared, path in paths)
+        longest, size = max(len(path) for _, path in paths), max(len(path) - known for known, path in paths)
         size, blocks, new = min(size, max(64, longest // 8)), [], []            # so a long path is gathered 8 times at the most
-        for i, (shared, path) in enumerate(paths):
-            blocks += [(i, start, len(new) + start - shared, len(path) - start) for start in range(shared, len(path), size)]
-            new += path[shared:]
-        chain, start, first, left = torch.tensor(blocks, device=device).unbind(1)
+        for i, (known, path) in enumerate(paths):
+            blocks += [(i, depth, len(new) + depth - known, len(path) - depth)  # a block: its path, the depth of its first query,
+                       for depth in range(known, len(path), size)]              # that one's place in the T, how many follow
+            new += path[known:]
+        which, depth, first, left = torch.tensor(blocks, device=device).unbind(1)
         offset = torch.arange(size, device=device)
         self.pool, self.new = pool, torch.tensor(new, device=device)                    # (T,) pool node of each input
         keys = nn.utils.rnn.pad_sequence([torch.tensor(path) for _, path in paths], batch_first=True).to(device)
-        self.keys = keys[chain]                                                         # (blocks, longest) nodes
-        self.seen = (torch.arange(longest, device=device) <= (start[:, None] + offset)[..., None])[:, None]
+        self.keys = keys[which]                                                         # (blocks, longest) nodes
+        self.seen = (torch.arange(longest, device=device) <= (depth[:, None] + offset)[..., None])[:, None]
         inside = offset < left[:, None]
         self.queries = (first[:, None] + offset) * inside                               # (blocks, size) of the T
         self.where = inside.flatten().nonzero()[:, 0]                                   # (T,) each node's place in the blocks
@@ -267,13 +270,14 @@ class KVCache:
         return max(tokens, more) > 0
 
     def place(self, slots: list[int], paths: list[tuple[int, list[int]]]):
-        """Give sequences their slots: of each path so many leading nodes are in the trunk, the others are copied to be its own."""
+        """Give sequences their slots. `paths` are pairs (in_trunk, path): path[:in_trunk] lie in the trunk and are seen there,
+        the others are copied to be the slot's own."""
         self.sees[slots] = False
-        for slot, (shared, path) in zip(slots, paths):
-            self.sees[slot, path[:shared]] = True
-        counts = torch.tensor([(shared, len(path) - shared) for shared, path in paths], device=self.lengths.device)
+        for slot, (in_trunk, path) in zip(slots, paths):
+            self.sees[slot, path[:in_trunk]] = True
+        counts = torch.tensor([(in_trunk, len(path) - in_trunk) for in_trunk, path in paths], device=self.lengths.device)
         self.shared[slots], self.lengths[slots] = counts.unbind(1)
-        own = [(slot, i, node) for slot, (shared, path) in zip(slots, paths) for i, node in enumerate(path[shared:])]
+        own = [(slot, i, node) for slot, (in_trunk, path) in zip(slots, paths) for i, node in enumerate(path[in_trunk:])]
         slot, i, node = torch.tensor(own, device=self.lengths.device).unbind(1)
         self.kv[:, :, slot, :, i] = self.pool[:, :, node].permute(2, 0, 1, 3, 4)
 
