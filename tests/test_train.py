@@ -202,7 +202,8 @@ def test_train_leaves_metrics_checkpoints_and_a_curve(run):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [("dev" if "dev" in m else "step", m["step"]) for m in lines] == [
         ("dev", 0), ("step", 1), ("step", 2), ("dev", 2), ("step", 3), ("dev", 3)]
-    assert set(lines[0]["dev"]) == {"sampled", "greedy"} and set(lines[0]["dev"]["greedy"]) == {"score", "stderr", "statuses", "measures", "seconds"}
+    assert set(lines[0]["dev"]) == {"sampled", "greedy"} and set(lines[0]["dev"]["greedy"]) == {
+        "score", "stderr", "statuses", "measures", "rollouts", "tokens", "seconds"}
     assert json.loads((folder / "config.json").read_text())["max_tokens"] == 5          # the task's own default
     assert (folder / "curve.png").read_bytes()[:4] == b"\x89PNG"
     for name in ("best", "last"):
