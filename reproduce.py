@@ -287,8 +287,8 @@ def figures(study: Study, results: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="where everything is kept while it runs [%(default)s]")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="where the ledger and the figures go [%(default)s]")
+    parser.add_argument("--out", type=Path, help="where everything is kept while it runs [runs/reproduce, or runs/quick]")
+    parser.add_argument("--results", type=Path, help="where the ledger and the figures go [results, or runs/quick]")
     parser.add_argument("--tasks", default=",".join(TASKS), help="[%(default)s]")
     parser.add_argument("--seeds", type=int, default=3, help="[%(default)s]")
     parser.add_argument("--model", help="another start: a folder or a hub name")
@@ -297,6 +297,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few steps of one seed, to see that all of it works; its numbers mean nothing")
     args = parser.parse_args()
     began, tasks = time.time(), args.tasks.split(",")
+    args.out = args.out or Path("runs/quick" if args.quick else "runs/reproduce")
+    args.results = args.results or (args.out if args.quick else Path("results"))
     if odd := set(tasks) - set(TASKS):
         raise InputError(f"--tasks: {min(odd)!r} is none of {', '.join(TASKS)}")
     options = ({"model": args.model} if args.model else {}) | (QUICK if args.quick else {})
