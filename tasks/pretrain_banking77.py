@@ -37,8 +37,10 @@ def parts(folder: Path) -> tuple[list[str], list[dict], list[dict]]:
 
 
 def load(folder: str = "") -> Task:
-    """The real Banking77, trained on the rest."""
-    return dataclasses.replace(banking77.load(folder or "."), train=parts(Path(folder))[2])
+    """The real Banking77, trained on the rest, each of its queries once; settings were chosen on dev."""
+    task, (_, _, rest) = banking77.load(folder or "."), parts(Path(folder))
+    return dataclasses.replace(task, train=rest, defaults=task.defaults | {
+        "examples": 64, "steps": 74, "lr": 3e-4, "warmup": 10, "eval_examples": 0, "eval_every": 20})
 
 
 def main(data: Path, out: Path, steps: int, seed: int) -> None:
