@@ -1,6 +1,6 @@
 """A small LM from scratch for many-hop search in HotpotQA's articles, and the task that trains it further.
 
-    python tasks/pretrain_hotpotqa.py DATA OUT [--steps 1500]
+    python tasks/pretrain_hotpotqa.py DATA OUT [--steps 1600]
     python mmgrpo.py train --task tasks/pretrain_hotpotqa.py --data DATA --model OUT
 
 The LM learns from scripted runs of hover's program on questions made up from articles that no question of train, dev or test rests
@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import ModelConfig, Transformer
-from program import Task
+from program import Prediction, Task
 from tasks import hover, pretrain
 
 WORDS, GOOD = 60, 0.45      # words that are read of an article; the chance of a good answer
@@ -25,12 +25,18 @@ STARTS = set("what which who whose when where how are were is was do did does in
              "the a an and or as both after by from to with since its".split())
 
 
+def scored(example: dict, prediction: Prediction) -> dict:
+    """The recall, and how many articles the run found in all."""
+    return {"reward": hover.recall(example, prediction), "documents": len(prediction.found)}
+
+
 def load(folder: str = "") -> Task:
     """HotpotQA's questions, four searches of one article each."""
     task = hover.load(folder or ".")
     search = task.program.search
     search.documents, search.articles = 1, {t: " ".join(text.split()[:WORDS]) for t, text in search.articles.items()}
-    task.defaults |= {"max_tokens": 64, "format_failure_score": 0.0}
+    task.metric = scored
+    task.defaults |= {"max_tokens": 64, "format_failure_score": 0.0, "steps": 25, "eval_every": 13}
     return task
 
 
@@ -139,6 +145,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--tokens", type=int, default=8192, help="per step")
+    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--tokens", type=int, default=4096, help="per step")
     main(**vars(parser.parse_args()))
