@@ -201,7 +201,8 @@ def build_tokenizer(folder: Path, texts: list[str] | None = None, vocabulary: in
                                                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.decoder = decoders.ByteLevel()
     bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocabulary, min_frequency=10, show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        vocab_size=vocabulary, min_frequency=10, show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"]))
     folder.mkdir(parents=True, exist_ok=True)
     bpe.save(str(folder / "tokenizer.json"))
@@ -343,7 +344,7 @@ def name_accuracy(model: Transformer, tokenizer: Tokenizer, batches) -> float:
 
 def fit(model: Transformer, tokenizer: Tokenizer, rng: random.Random, batches, steps: int, tokens: int, out: Path,
         check: Callable[[], str], warmup: int = 150) -> None:
-    """Train on `batches`, every fourth step and the first `warmup` on copying; every 250 steps save to `out` and say what `check` says."""
+    """Train on `batches`, every fourth step and the first `warmup` on copying; every 250 steps save to `out`, print `check()`."""
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n]
     optimizers = [torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0),            # torch 2.9 or later

@@ -3,8 +3,8 @@
     python tasks/pretrain_hotpotqa.py DATA OUT [--steps 1600]
     python mmgrpo.py train --task tasks/pretrain_hotpotqa.py --data DATA --model OUT
 
-The LM learns from scripted runs of hover's program on questions made up from articles that no question of train, dev or test rests
-on: those are neither searched nor asked for. A script writes a good answer or a bad one by chance, as for the tiny LM.
+The LM learns from scripted runs of hover's program on made-up questions. The articles that a question of train, dev or test
+rests on are left out: they are neither searched nor asked for. A script answers well or badly by chance, as for the tiny LM.
 A search gives one article, of which the LM reads the first 60 words; all of it is indexed.
 """
 import argparse
@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import ModelConfig, Transformer
@@ -60,7 +61,7 @@ def names(text: str) -> list[str]:
 
 
 def fresh(question: dict, text: str, seen: set[str]) -> list[str]:
-    """The names to look up that the text reveals: those of the question's articles, else of anything not looked up."""
+    """What to look up of the names in the text: those of the question's articles, else any that was not looked up."""
     wanted = [called(t) for t in question["titles"] if t not in seen and called(t) in text]
     return wanted or [n for n in names(text) if not any(n in t for t in seen)] or names(text) or [text[:20]]
 
@@ -69,14 +70,14 @@ def write_query(rng, question, good, inputs, seen) -> dict:
     """The name that comes next; or any name, or words of the question."""
     known, words = " ".join([question["claim"], *inputs["key_facts"]]), question["claim"].split()
     at = rng.randrange(len(words))
-    query = fresh(question, known, seen)[0] if good else rng.choice((rng.choice(names(known) or words), " ".join(words[at:at + 4])))
+    bad = lambda: rng.choice((rng.choice(names(known) or words), " ".join(words[at:at + 4])))
+    query = fresh(question, known, seen)[0] if good else bad()
     return {"reasoning": rng.choice(("A name is next.", "I need one more.")), "query": query}
 
 
 def write_note(rng, question, good, inputs, seen) -> dict:
     """The article that was found, and the name that it, or the question, leads to; or any name."""
-    passage = inputs["search_results"][0]
-    title, text = passage.split(" | ", 1)
+    title, text = inputs["search_results"][0].split(" | ", 1)
     known = f"{text} {question['claim']}"
     link = fresh(question, known, seen)[0] if good else rng.choice(names(known) or [title])
     return {"reasoning": rng.choice(("I note a name.", "This leads on.")), "new_key_fact": f"{title}: {link}"}
@@ -84,13 +85,15 @@ def write_note(rng, question, good, inputs, seen) -> dict:
 
 class Writer(pretrain.Writer):
     """Calls of scripted runs on made-up questions over `articles` {title: text}."""
-    scripts = {"generate_query": (hover.QUERY_INSTRUCTIONS, write_query, GOOD), "append_notes": (hover.NOTE_INSTRUCTIONS, write_note, GOOD)}
+    scripts = {"generate_query": (hover.QUERY_INSTRUCTIONS, write_query, GOOD),
+               "append_notes": (hover.NOTE_INSTRUCTIONS, write_note, GOOD)}
 
     def __init__(self, rng: random.Random, articles: dict[str, str]):
         super().__init__(rng)
         self.search, self.titles = hover.Search(articles, documents=1), list(articles)
         long = [t for t in articles if len(called(t)) > 4]
-        self.links = {a: found for a in long if (found := [b for b in long if b != a and called(b) in articles[a] and called(b) not in a])}
+        mentioned = lambda a: [b for b in long if called(b) in articles[a] and called(b) not in a]
+        self.links = {a: links for a in long if (links := mentioned(a))}
 
     def prompt(self, name, module) -> float:
         return GOOD
@@ -106,14 +109,14 @@ class Writer(pretrain.Writer):
         choose, a = self.rng.choice, self.rng.choice(list(self.links))
         if self.rng.random() < 0.33:
             b = choose(self.titles)
-            claim = (f"{choose(('Which is older,', 'Are', 'Were', 'Who was born first,', 'What is it that', 'Which of them is'))} {called(a)} "
-                     f"{choose(('and', 'or'))} {called(b)} {self.words(a, 2, called(a))}?")
+            start = choose(("Which is older,", "Are", "Were", "Who was born first,", "What is it that", "Which of them is"))
+            claim = f"{start} {called(a)} {choose(('and', 'or'))} {called(b)} {self.words(a, 2, called(a))}?"
             return {"claim": claim, "titles": [a, b]}
         b = choose(self.links[a])
         parts = [self.words(b, 3, called(b)), self.words(a, 6, called(b)), *[called(a)] * (self.rng.random() < 0.7)]
         self.rng.shuffle(parts)
-        return {"claim": f"{choose(('What', 'Who', 'Which', 'When was', 'Where is', 'In what year', 'How many', 'The'))} "
-                         f"{' '.join(parts)}{choose(('', ', who', ', what', ' in which year'))}?", "titles": [a, b]}
+        start = choose(("What", "Who", "Which", "When was", "Where is", "In what year", "How many", "The"))
+        return {"claim": f"{start} {' '.join(parts)}{choose(('', ', who', ', what', ' in which year'))}?", "titles": [a, b]}
 
     async def _calls(self):
         result = []
@@ -128,17 +131,13 @@ def main(data: Path, out: Path, steps: int, tokens: int) -> None:
     torch.manual_seed(0)
     rng, articles = random.Random(0), unasked(load(str(data)))
     writer = Writer(rng, articles)
-    texts = [t for _ in range(10) for messages, answers in writer.calls() for t in (*(m["content"] for m in messages), *answers)]
+    texts = [t for _ in range(10) for prompt, answers in writer.calls() for t in (*(m["content"] for m in prompt), *answers)]
     tokenizer = pretrain.build_tokenizer(out, [*articles.values(), *texts], vocabulary=4096)
     model = Transformer(ModelConfig.from_hf(pretrain.SHAPE | {"vocab_size": tokenizer.size}))
     pretrain.initialize(model, torch.Generator().manual_seed(0))
     held_out = next(pretrain.calls(random.Random(1), writer, tokenizer, tokens, of_prompts=0))
-
-    @torch.no_grad()
-    def check() -> str:
-        logits = held_out.logits(model)
-        return f"answers {-logits.log_softmax(-1).gather(1, held_out.targets[:, None]).mean():.3f}"
-    pretrain.fit(model, tokenizer, rng, pretrain.calls(rng, writer, tokenizer, tokens), steps, tokens, out, check)
+    pretrain.fit(model, tokenizer, rng, pretrain.calls(rng, writer, tokenizer, tokens), steps, tokens, out,
+                 check=lambda: f"answers {F.cross_entropy(held_out.logits(model), held_out.targets):.3f}")
 
 
 if __name__ == "__main__":
