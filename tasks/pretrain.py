@@ -15,6 +15,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
 
 import tokenizers
 import torch
@@ -120,7 +121,7 @@ class _Script:
         self.seen |= {p.split(" | ")[0] for p in inputs.get("search_results", ())}
         for i in range(self.writer.completions):
             good = rng.random() < self.chance[module]
-            outputs = SCRIPTS[name][1](rng, self.example, good, inputs, self.seen)
+            outputs = self.writer.scripts[name][1](rng, self.example, good, inputs, self.seen)
             completion = render_outputs(module.signature, outputs)
             completions.append(slip(rng, completion) if rng.random() < 0.03 else completion)
             if i == 0:
@@ -132,9 +133,11 @@ class _Script:
 
 class Writer:
     """Calls of scripted runs: (messages, several completions), in an order that mixes tasks, examples and modules."""
+    scripts = SCRIPTS
+
     def __init__(self, rng: random.Random, completions: int = 4):
         self.rng, self.completions = rng, completions
-        self.past: dict[str, dict[bool, list]] = {m: {True: [], False: []} for m in SCRIPTS}      # answers to make demos of
+        self.past: dict[str, dict[bool, list]] = {m: {True: [], False: []} for m in self.scripts}     # answers to make demos of
 
     def calls(self) -> list[tuple[list[dict], list[str]]]:
         """A small world's worth of calls."""
@@ -168,7 +171,7 @@ class Writer:
 
     def prompt(self, name: str, module: Module) -> float:
         """Give the module an instruction and perhaps demos; the chance of a good answer that goes with them."""
-        rng, (instructions, _, chance) = self.rng, SCRIPTS[name]
+        rng, (instructions, _, chance) = self.rng, self.scripts[name]
         which = rng.choice((0, 0, 0, 1, 2, 3, 4, 5))
         module.instruction, chance = instructions[which], GOOD[which] or chance
         demos = self.past[name][helpful := rng.random() < 0.5]
@@ -187,7 +190,7 @@ TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|i
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
-def build_tokenizer(folder: Path, texts: list[str] | None = None) -> Tokenizer:
+def build_tokenizer(folder: Path, texts: list[str] | None = None, vocabulary: int = 2048) -> Tokenizer:
     """Train a byte-level BPE on these texts, or a sample of the LM's; write tokenizer.json and its companions."""
     if texts is None:
         writer = Writer(random.Random("tokenizer"))
@@ -198,7 +201,8 @@ def build_tokenizer(folder: Path, texts: list[str] | None = None) -> Tokenizer:
                                                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.decoder = decoders.ByteLevel()
     bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=2048, min_frequency=10, show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        vocab_size=vocabulary, min_frequency=10, show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"]))
     folder.mkdir(parents=True, exist_ok=True)
     bpe.save(str(folder / "tokenizer.json"))
@@ -338,20 +342,15 @@ def name_accuracy(model: Transformer, tokenizer: Tokenizer, batches) -> float:
     return torch.cat(right).mean().item()
 
 
-def main(out: Path, steps: int, tokens: int, warmup: int = 150) -> None:
-    torch.manual_seed(0)
-    rng = random.Random(0)
-    tokenizer = build_tokenizer(out)
-    model = Transformer(ModelConfig.from_hf(SHAPE | {"vocab_size": tokenizer.size}))
-    initialize(model, torch.Generator().manual_seed(0))
+def fit(model: Transformer, tokenizer: Tokenizer, rng: random.Random, batches, steps: int, tokens: int, out: Path,
+        check: Callable[[], str], warmup: int = 150) -> None:
+    """Train on `batches`, every fourth step and the first `warmup` on copying; every 250 steps save to `out`, print `check()`."""
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n]
     optimizers = [torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0),            # torch 2.9 or later
                   torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0)]
     schedule = lambda step: min(1, (step + 1) / 50, max(0.02, 2 * (1 - step / steps)))
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, schedule) for o in optimizers]
-    batches = calls(rng, Writer(rng), tokenizer, tokens)
-    held_out = calls(random.Random("held out"), Writer(random.Random("held out")), tokenizer, tokens, of_prompts=0)
     began = time.perf_counter()
     for step in range(steps):
         induction = step < warmup or step % 4 == 0
@@ -362,9 +361,19 @@ def main(out: Path, steps: int, tokens: int, warmup: int = 150) -> None:
         for o, s in zip(optimizers, schedules):
             o.step(), o.zero_grad(), s.step()
         if (step + 1) % 250 == 0 or step + 1 == steps:
-            print(f"step {step + 1}/{steps}  {time.perf_counter() - began:.0f} s  loss {loss.item():.3f}  "
-                  f"names {name_accuracy(model, tokenizer, held_out):.3f}", flush=True)
+            print(f"step {step + 1}/{steps}  {time.perf_counter() - began:.0f} s  loss {loss.item():.3f}  {check()}", flush=True)
             save_pretrained(copy.deepcopy(model).bfloat16(), tokenizer, out)       # half the size; read back as fp32
+
+
+def main(out: Path, steps: int, tokens: int) -> None:
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    tokenizer = build_tokenizer(out)
+    model = Transformer(ModelConfig.from_hf(SHAPE | {"vocab_size": tokenizer.size}))
+    initialize(model, torch.Generator().manual_seed(0))
+    held_out = calls(random.Random("held out"), Writer(random.Random("held out")), tokenizer, tokens, of_prompts=0)
+    fit(model, tokenizer, rng, calls(rng, Writer(rng), tokenizer, tokens), steps, tokens, out,
+        check=lambda: f"names {name_accuracy(model, tokenizer, held_out):.3f}")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,12 @@
 A BPE tokenizer and a 1.1M-parameter Qwen3 are made from 4,000 of the queries in DATA/train.csv, those after the 1,250 of train, dev
 and test. A demonstration is the module's own prompt and the answer in its format. The 77 labels stand in every prompt, so
 a batch is one tree: what all prompts share is forwarded once.
+
+As a task (--task tasks/pretrain_banking77.py --data DATA --model OUT) it trains on the queries that come after the demonstrations; dev
+and test are those of the task banking77.
 """
 import argparse
+import dataclasses
 import json
 import math
 import random
@@ -19,16 +23,28 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mmgrpo as G
 from model import ModelConfig, Transformer, save_pretrained
-from program import Completion, render_outputs
+from program import Completion, Task, render_outputs
 from tasks import banking77, pretrain
 
 BATCH, DEMONSTRATIONS = 64, 4000
 
 
-def main(data: Path, out: Path, steps: int, seed: int) -> None:
-    labels, examples = banking77.read(data)
+def parts(folder: Path) -> tuple[list[str], list[dict], list[dict]]:
+    """The labels, the queries that demonstrations are made of, and the rest: those that are in no split either."""
+    labels, examples = banking77.read(folder)
     first = sum(banking77.SIZES)
-    demonstrations = examples[first:first + DEMONSTRATIONS]
+    return labels, examples[first:first + DEMONSTRATIONS], examples[first + DEMONSTRATIONS:]
+
+
+def load(folder: str = "") -> Task:
+    """The real Banking77, trained on the rest, each of its queries once; settings were chosen on dev."""
+    task, (_, _, rest) = banking77.load(folder or "."), parts(Path(folder))
+    return dataclasses.replace(task, train=rest, defaults=task.defaults | {
+        "examples": 64, "steps": 74, "lr": 3e-4, "warmup": 10, "eval_examples": 0, "eval_every": 20})
+
+
+def main(data: Path, out: Path, steps: int, seed: int) -> None:
+    labels, demonstrations, _ = parts(data)
     module = banking77.Classify(tuple(labels)).classify
     answer = lambda intent: render_outputs(module.signature, {"reasoning": intent.replace("_", " "), "intent": intent})
     often = [answer(label) for label in labels] + [m["content"] for m in module.messages({"text": ""})]

@@ -11,7 +11,7 @@ from conftest import ROOT
 from strategies import ScriptedSampler
 
 from program import InputError, Module, Prediction, Program, render_outputs, run_programs
-from tasks import banking77, hover, papillon, pretrain
+from tasks import banking77, hover, papillon, pretrain, pretrain_banking77, pretrain_hotpotqa
 from tasks.world import WORDS, Names, half_of
 
 TASKS = {"hover": hover, "banking77": banking77, "papillon": papillon}
@@ -223,6 +223,30 @@ def test_the_published_data_itself_is_read(name, task, sizes):
         pytest.skip(f"no published {name} data beside the project")
     t = task.load(str(folder))
     assert (len(t.train), len(t.dev), len(t.test)) == sizes
+
+
+def test_no_query_of_banking77_is_in_two_of_splits_demonstrations_and_the_rest(tmp_path):
+    write_csv(tmp_path / "train.csv", ["text", "category"], [[f"query {i}", "ab"[i % 2]] for i in range(5500)])
+    (tmp_path / "categories.json").write_text('["a", "b"]')
+    task, (_, demonstrations, rest) = pretrain_banking77.load(str(tmp_path)), pretrain_banking77.parts(tmp_path)
+    real = banking77.load(str(tmp_path))
+    assert (task.train, task.dev, task.test) == (rest, real.dev, real.test)
+    apart = [{e["text"] for e in part} for part in (real.train, real.dev, real.test, demonstrations, rest)]
+    assert [len(p) for p in apart] == [250, 500, 500, 4000, 250] and len(set.union(*apart)) == 5500
+
+
+def test_no_question_and_no_article_that_one_rests_on_is_in_the_demonstrations_of_hotpotqa(tmp_path):
+    title = lambda i: f"{WORDS[i]} {WORDS[i + 100]}".title()
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(
+        {"title": title(i), "text": f"{title(i)} is number {i} and a friend of {title((i + 12) % 60)} in the town."}) + "\n" for i in range(60)))
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(
+        {"question": f"who asks for {i}, {title(i)}?", "titles": [title(i), title(i + 12)]}) + "\n" for i in range(12)))
+    task = pretrain_hotpotqa.load(str(tmp_path))
+    assert (task.train, task.dev, task.test) == (lambda t: (t.train, t.dev, t.test))(hover.load(str(tmp_path)))
+    writer = pretrain_hotpotqa.Writer(random.Random(0), pretrain_hotpotqa.unasked(task))
+    text = "\n".join(m["content"] + "\n".join(answers) for messages, answers in (c for _ in range(5) for c in writer.calls()) for m in messages)
+    assert "is number 30 and" in text and "who asks" not in text and not re.search(r"is number ([0-9]|1\d|2[0-3]) and", text)
+    assert {t for q in (writer.question() for _ in range(300)) for t in q["titles"]} <= {title(i) for i in range(24, 60)}
 
 
 def test_an_index_that_was_kept_finds_what_a_fresh_one_does(tmp_path, monkeypatch):
