@@ -99,10 +99,10 @@ def read_state(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Opti
     return state
 
 
-def same_options(out: Path, begun: dict, options: dict) -> None:
-    """Raises InputError naming the option where a run is not to go on as it was begun."""
+def same_options(out: Path, begun: dict, options: dict, free: tuple[str, ...] = FREE) -> None:
+    """Raises InputError naming the option where a run is not to go on as it was begun, but for those that are free."""
     for key, value in begun.items():
-        if key not in FREE and options.get(key) != value:
+        if key not in free and options.get(key) != value:
             raise InputError(f"{out}: was begun with --{key.replace('_', '-')} {value}, not {options.get(key)}; give the same "
                              "options, or another --out")
 

@@ -20,14 +20,15 @@ import huggingface_hub
 import torch
 
 import mmgrpo
-from checkpoint import read_state, same_options, states, step_of
+from checkpoint import FREE, read_state, same_options, states, step_of
 from mmgrpo import Config, advantages, evaluate, group_calls, play, policy_loss, weigh
 from lora import load_adapter, lora_layers, merged
 from model import CheckpointError, Tokenizer, Transformer, load_pretrained, save_pretrained
-from program import STATUSES, Call, Completion, InputError, ProgramError, Task, Trajectory
+from program import STATUSES, Call, Completion, InputError, ProgramError, Task, ToolError, Trajectory
 from prompt_files import load_prompts, write_json
-from prompts import compose, stages
+from prompts import compose, plan
 from report import ParityError, measure, read_metrics, show
+from tokenizer import read_json
 
 
 def load_task(options: dict) -> tuple[Task, Config]:
@@ -100,7 +101,7 @@ def folder_of(config: Config) -> Path:
     done = step_of(states(out)[-1]) if states(out) else -1
     if done < 0 and (out / "metrics.jsonl").exists() and read_metrics(out)[0]:
         raise InputError(f"{out}: holds the metrics of a run whose states are gone; choose another --out")
-    if done >= config.steps and config.strategy == "w":
+    if done >= config.steps and (out / "result.json").exists():
         raise InputError(f"{out}: holds a run already, finished at step {done}; more --steps go on with it, another --out begins anew")
     return out
 
@@ -109,9 +110,10 @@ def run_train(task: Task, config: Config) -> str:
     """Go through the stages of --strategy; the last line has the dev score before and after, and the seconds.
 
     Ctrl-C stops it after the step or trial at hand, with its state saved; a second one at once."""
-    kinds, loaded = stages(config.strategy), [load_model(config)]       # errors come before there is a folder
-    for split in ("train", "dev"):
+    for split in ("train", "dev"):                          # errors come before there is a folder
         split_of(task, split, config)
+    todo, loaded = plan(task, config), [load_model(config)]
+    single, config = len(todo) == 1, todo[0][1] if len(todo) == 1 else config
     out, interrupts = folder_of(config), 0
     out.mkdir(parents=True, exist_ok=True)
     lock = (out / ".lock").open("w")                        # held as long as this process lives
@@ -119,11 +121,14 @@ def run_train(task: Task, config: Config) -> str:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise InputError(f"{out}: another process trains there") from None
-    save_options = lambda: (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    options = dataclasses.asdict(config)
     if (out / "config.json").exists():
-        same_options(out, {"strategy": json.loads((out / "config.json").read_text()).get("strategy", "w")}, {"strategy": config.strategy})
+        begun = read_json(out / "config.json")
+        if config.strategy == "w":                          # the other options are checked with the state, if there is one
+            begun = {"strategy": begun.get("strategy", "w")}
+        same_options(out, begun, options, FREE if single else tuple({*FREE} - {"steps", "trials"}))     # later stages build on them
     if not states(out):
-        save_options()
+        write_json(out / "config.json", options)
 
     def on_interrupt(*_):
         nonlocal interrupts
@@ -136,15 +141,15 @@ def run_train(task: Task, config: Config) -> str:
         result = compose(task, config, out, lambda stage: loaded.pop() if loaded else load_model(stage), lambda: interrupts > 0)
     finally:
         signal.signal(signal.SIGINT, before)
-    save_options()                                          # --steps may have changed
-    if interrupts and not (kinds == ["w"] and step_of(states(out)[-1]) == config.steps):
+    write_json(out / "config.json", options)                # --steps or --trials may have changed
+    if not result:
         return f"stopped; the same command with OUT={out} goes on"
     skipped = sum("skipped" in m for folder in [out, *out.glob("*-w")] for m in read_metrics(folder)[0])
-    told, size = result["stages"], f"{config.steps} steps, " * (kinds == ["w"])
-    last = told[-1]["dev"][-1] if kinds == ["w"] else max(told[-1]["dev"])      # of the last weights; of the best of all stages
+    told, alone = result["stages"], config.strategy == "w"
+    size, last = f"{config.steps} steps, " * alone, told[-1]["dev"][-1] if alone else max(told[-1]["dev"])      # of the last weights; of the best
     return (f"{skipped} steps were skipped, for their gradient was not finite\n" * bool(skipped)
             + "".join(f"{s['stage']}: dev score {s['dev'][0]:.3f} -> {max(s['dev']):.3f}, {s['rollouts']:,} rollouts, {s['tokens']:,} "
-                      f"sampled tokens, {s['seconds']:.0f} s\n" for s in told if kinds != ["w"])
+                      f"sampled tokens, {s['seconds']:.0f} s\n" for s in told if not alone)
             + f"metrics, checkpoints, prompts and curves are in {out}\n{config.task} dev score: {told[0]['dev'][0]:.3f} -> {last:.3f} "
             f"({size}{time.perf_counter() - began:.0f} s)")
 
@@ -180,6 +185,8 @@ def run_replay(folder: str, step: str, config: Config) -> str:
 
 def run_eval(task: Task, config: Config) -> str:
     """Score a checkpoint on a split, sampled and greedily, with how the runs ended."""
+    if config.out and not Path(config.out).parent.is_dir():
+        raise InputError(f"--out {config.out}: its folder is not there")
     model, tokenizer = load_model(config)
     examples, lines, results = split_of(task, config.split, config)[:config.eval_examples or None], [], {}
     for name, temperature in ((f"sampled at {config.temperature}", config.temperature), ("greedy", 0.0)):
@@ -315,7 +322,7 @@ def main(argv: list[str]) -> int:
                "merge": run_merge}[command]
         print(run(*arguments))
         return 0
-    except (InputError, CheckpointError, ProgramError, ParityError, FloatingPointError, OSError) as e:
+    except (InputError, CheckpointError, ProgramError, ParityError, ToolError, FloatingPointError, OSError) as e:
         if e.__cause__ is not None:                                 # a bug in the user's program: with its traceback
             traceback.print_exception(e.__cause__)
         print(f"error: {e}", file=sys.stderr)

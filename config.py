@@ -15,7 +15,7 @@ class Config:
     task: str = "hover"             # hover, banking77, papillon, or a Python file with a function load(data)
     model: str = "tasks/tiny"       # checkpoint folder in Hugging Face layout
     data: str = ""                  # folder with the task's real data; empty: the miniature edition
-    prompts: str = ""               # JSON with instructions and demos, as prompts.py writes it
+    prompts: str = ""               # JSON with instructions and demos, as a prompt search leaves it, or a state of DSPy
     out: str = ""                   # folder of the run; empty: runs/<task>, then runs/<task>-2, …; of `eval`: a JSON file
     seed: int = 0                   # everything random follows from it
     device: str = ""                # cpu or cuda; empty: cuda where there is one

@@ -127,4 +127,8 @@ class Remote:
         ended = wait([f for f in self.waiting.values() if f], return_when=FIRST_COMPLETED).done
         done = [(ticket, f) for ticket, f in self.waiting.items() if f in ended]
         self.waiting |= {ticket: None for ticket, _ in done}
-        return [(ticket, Completion([], [], [], "stop", f.result())) for ticket, f in done]
+        try:
+            return [(ticket, Completion([], [], [], "stop", f.result())) for ticket, f in done]
+        except ToolError:
+            self.pool.shutdown(wait=False, cancel_futures=True)
+            raise

@@ -20,7 +20,7 @@ from typing import Callable
 
 from tqdm import tqdm
 
-from checkpoint import same_options
+from checkpoint import same_options, states, step_of
 from endpoint import Endpoint, Remote
 from lora import lora_layers, merged
 from mmgrpo import Config, Sampler, evaluate, play, train
@@ -126,14 +126,14 @@ def flaw(text: str, known: list[str]) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------- search
-Choice = tuple[int, ...]                # of each place (a module's instruction or demos) the number of its candidate; 0: as it was
+Choice = tuple[int, ...]    # the candidate in each place, 0 being what was there. Example: (2, 0), ask's instruction 2, its demos as they were
 
 
 def next_choice(sizes: list[int], scored: dict[Choice, float], rng: random.Random, startup: int = 8, gamma: float = 0.25,
                 draws: int = 24) -> Choice:
     """A tree-structured Parzen estimator over categories (Bergstra et al., 2011). The best quarter of what was tried is good, the
-    rest bad; each place is counted by itself, with one count more for every candidate; of `draws` choices drawn as the good ones
-    are, the one with the largest ratio of good to bad probability that is new, if any is. The first `startup` are uniform."""
+    rest bad; each place is counted by itself, with one count more for every candidate (Laplace's smoothing); of `draws` choices drawn as the good ones
+    are, the one with the largest ratio of good to bad probability that is new, if any is. Until `startup` different ones were tried, draws are uniform."""
     if len(scored) < startup:
         uniform = [tuple(rng.randrange(n) for n in sizes) for _ in range(draws)]
         return next((c for c in uniform if c not in scored), uniform[0])
@@ -147,7 +147,8 @@ def next_choice(sizes: list[int], scored: dict[Choice, float], rng: random.Rando
 
 def next_trial(sizes: list[int], trials: list[dict], config: Config) -> tuple[Choice, bool] | None:
     """What to score next, and whether on all of dev; None at the end. The start comes first, on all; then minibatches, and
-    after every `full_every` of them, and at the end, all of dev for the best on average that has not had it."""
+    after every `full_every` of them, and at the end, all of dev for the best on average that has not had it. It ends after
+    `trials` minibatches, or where every choice there is has had all of dev."""
     if not trials:
         return (0,) * len(sizes), True
     sums: dict[Choice, list[float]] = {}
@@ -157,20 +158,17 @@ def next_trial(sizes: list[int], trials: list[dict], config: Config) -> tuple[Ch
     mean = {c: total / n for c, (total, n) in sums.items()}
     whole = {tuple(t["choice"]) for t in trials if t["full"]}
     small = sum(not t["full"] for t in trials)
-    if small and not trials[-1]["full"] and (small % config.full_every == 0 or small == config.trials) and mean.keys() - whole:
+    if small and not trials[-1]["full"] and (small % config.full_every == 0 or small >= config.trials) and mean.keys() - whole:
         return max((c for c in mean if c not in whole), key=mean.get), True
-    if small == config.trials or not sizes:
+    if small >= config.trials or len(whole) == math.prod(sizes):
         return None
     return next_choice(sizes, mean, random.Random(repr(("trial", config.seed, small)))), False
 
 
 def candidates(task: Task, model, tokenizer, config: Config) -> dict:
     """Per module the instructions and demo sets to choose from, the present ones first, and what it cost to get them."""
-    began, modules = time.perf_counter(), task.program.modules()
-    given = dict(task.instructions)
-    if config.instructions:
-        given = read_instructions(config.instructions, modules)
-    sample = task.train[:config.bootstrap] if config.demos or config.proposals else []
+    began, modules, given = time.perf_counter(), task.program.modules(), given_instructions(task, config)
+    sample = task.train[:config.bootstrap] if config.demos and config.demo_sets or config.proposals else []
     runs = play(model, tokenizer, task, sample, config, config.temperature, -2)[0] if sample else []
     demos, written, dropped, asked = cut_demos(runs, config.demo_score), {}, {}, []
     if config.proposals:
@@ -188,31 +186,50 @@ def candidates(task: Task, model, tokenizer, config: Config) -> dict:
             "seconds": time.perf_counter() - began}
 
 
-def read_instructions(path: str, modules: dict[str, Module]) -> dict[str, list[str]]:
-    """A JSON object: module -> a list of instructions. Raises CheckpointError or InputError naming file and module."""
-    given = read_json(Path(path))
+def given_instructions(task: Task, config: Config) -> dict[str, list[str]]:
+    """Module -> instructions to choose from: those of the user's file, else the task's. Raises CheckpointError or InputError naming
+    the file and the module."""
+    given, modules = read_json(Path(config.instructions)) if config.instructions else task.instructions, task.program.modules()
     for name, texts in given.items():
+        where = f"{config.instructions or f'--task {config.task}: its instructions'}: {name}"
         if name not in modules:
-            raise InputError(f"{path}: {name}: no such module (there are {', '.join(modules)})")
-        if not (isinstance(texts, list) and all(isinstance(t, str) and not flaw(t.strip(), []) for t in texts)):
-            raise InputError(f"{path}: {name}: expected a list of instructions (text, not empty, without tags, up to 2,000 characters)")
+            raise InputError(f"{where}: no such module (there are {', '.join(modules)})")
+        if not (isinstance(texts, (list, tuple)) and all(isinstance(t, str) and not flaw(t.strip(), []) for t in texts)):
+            raise InputError(f"{where}: expected a list of instructions (text, not empty, without tags, up to 2,000 characters)")
     return given
 
 
+def read_trials(path: Path, sizes: list[int]) -> list[dict]:
+    """The trials so far. Raises InputError naming file and line; half a line at the end, of a search that was killed, is cut off."""
+    trials = read_lines(path, cut=True)
+    for i, t in enumerate(trials, 1):
+        t = t if isinstance(t, dict) else {}
+        choice, score, n = t.get("choice"), t.get("score"), t.get("examples")
+        if not (isinstance(choice, list) and len(choice) == len(sizes) and all(type(k) is int and 0 <= k < n for k, n in zip(choice, sizes))
+                and type(score) in (int, float) and math.isfinite(score) and type(n) is int and n > 0 and type(t.get("full")) is bool):
+            raise InputError(f"{path}, line {i}: is no trial of this search")
+    return trials
+
+
 def search(task: Task, model, tokenizer, config: Config, out: Path, stop: Callable[[], bool] = lambda: False) -> list[float]:
-    """Search the prompts of the task's program; leave the best in it and in OUT/prompts.json (for DSPy: dspy.json); return the dev scores of what was
-    scored on all of dev, the start first: the best is never below it. Candidates and trials are kept (candidates.json,
-    trials.jsonl): a search that was killed goes on with the trial at hand and ends as if it had not been."""
+    """Search the prompts of the task's program; leave the best in it and, when it ends, in OUT/prompts.json (for DSPy: dspy.json);
+    return the dev scores of what was scored on all of dev, the start first: the best is never below it. Candidates and trials are
+    kept (candidates.json, trials.jsonl): a search that was killed goes on with the trial at hand and ends as if it had not been."""
     out.mkdir(parents=True, exist_ok=True)
     options = dataclasses.asdict(config)
     if not (out / "candidates.json").exists():
         write_json(out / "candidates.json", {"config": options, "start": prompts_of(task.program)}
                    | candidates(task, model, tokenizer, config))
     kept = read_json(out / "candidates.json")
-    same_options(out, kept["config"], options)
-    places = [(name, kind) for name, module in kept["modules"].items() for kind in ("instructions", "demos") if len(module[kind]) > 1]
+    try:
+        same_options(out, kept["config"], options)
+        places = [(name, kind) for name in kept["start"] for kind in ("instructions", "demos") if len(kept["modules"][name][kind]) > 1]
+        print(f"{kept['good_runs']} of {kept['rollouts']} runs were good enough for demonstrations (--demo-score {config.demo_score})"
+              + f"; proposals dropped: {kept['dropped']}" * bool(kept["dropped"]))
+    except (LookupError, TypeError, AttributeError):
+        raise InputError(f"{out / 'candidates.json'}: is not as a search writes it") from None
     sizes = [len(kept["modules"][name][kind]) for name, kind in places]
-    dev, trials = task.dev[:config.eval_examples or None], read_lines(out / "trials.jsonl", cut=True)
+    dev, trials = task.dev[:config.eval_examples or None], read_trials(out / "trials.jsonl", sizes)
 
     def put(choice: Choice) -> None:
         prompts = {name: dict(p) for name, p in kept["start"].items()}
@@ -222,7 +239,7 @@ def search(task: Task, model, tokenizer, config: Config, out: Path, stop: Callab
 
     bar = tqdm(desc=f"{config.task}: prompts", unit="trial", disable=None, initial=len(trials), total=len(trials))
     with (out / "trials.jsonl").open("a", encoding="utf-8") as log:
-        while not stop() and (trial := next_trial(sizes, trials, config)):
+        while (trial := next_trial(sizes, trials, config)) and not stop():
             choice, full = trial
             put(choice)
             rng = random.Random(repr(("minibatch", config.seed, len(trials))))
@@ -235,8 +252,11 @@ def search(task: Task, model, tokenizer, config: Config, out: Path, stop: Callab
     bar.close()
     whole = [t for t in trials if t["full"]]
     put(max(whole, key=lambda t: t["score"])["choice"] if whole else ())
-    save_prompts(task.program, out / "prompts.json")
-    save_dspy(task.program, out / "dspy.json")
+    (out / "prompts.json").unlink(missing_ok=True)
+    if not trial:
+        if "metadata" not in kept["start"]:                 # the one name that DSPy cannot save
+            save_dspy(task.program, out / "dspy.json")
+        save_prompts(task.program, out / "prompts.json")
     return [t["score"] for t in whole]
 
 
@@ -255,7 +275,7 @@ def rollouts(kind: str, n: int, task: Task, config: Config) -> int:
     dev = len(task.dev[:config.eval_examples or None])
     if kind == "w":
         return n * config.examples * config.rollouts + 2 * dev * (1 + math.ceil(n / config.eval_every))
-    sample = min(config.bootstrap, len(task.train)) if config.demos or config.proposals else 0
+    sample = min(config.bootstrap, len(task.train)) if config.demos and config.demo_sets or config.proposals else 0
     return (sample + config.proposals * len(task.program.modules()) + dev * (1 + math.ceil(n / config.full_every))
             + n * min(config.minibatch, dev))
 
@@ -271,33 +291,47 @@ def affordable(kind: str, task: Task, config: Config, budget: int) -> int:
     return n
 
 
-def compose(task: Task, config: Config, out: Path, load: Callable, stop: Callable[[], bool] = lambda: False) -> dict:
-    """The stages of config.strategy one after another, each from the weights and prompts that the one before found best on dev
-    (where it starts is a candidate of every stage, so dev never falls). The task's program comes with its present prompts,
-    `load(config)` gives model and tokenizer. A strategy of several stages has a folder for each in `out`. Returns where the best
-    weights and prompts are, the dev scores of each stage and what it took."""
-    kinds, at, told = stages(config.strategy), {"model": config.model, "prompts": config.prompts}, []
+def plan(task: Task, config: Config) -> list[tuple[str, Config]]:
+    """The stages of config.strategy with their settings: a second round draws anew, a budget says how many steps and trials there
+    are. Raises InputError for what could not be begun, or afforded, later on."""
+    kinds, todo = stages(config.strategy), []
     for i, kind in enumerate(kinds):
-        folder = out / f"{i + 1}-{kind}" if len(kinds) > 1 else out
-        stage = dataclasses.replace(config, **at, seed=config.seed + 1000 * kinds[:i].count(kind))      # other examples, other draws
+        stage = dataclasses.replace(config, seed=config.seed + 1000 * kinds[:i].count(kind))
         if config.budget:
-            stage = dataclasses.replace(stage, **{{"w": "steps", "p": "trials"}[kind]: affordable(kind, task, stage, config.budget // len(kinds))})
+            n = affordable(kind, task, stage, config.budget // len(kinds))
+            stage = dataclasses.replace(stage, **{"steps" if kind == "w" else "trials": n})
+        todo.append((kind, stage))
+    if "p" in kinds:
+        given_instructions(task, config), Endpoint.named("MMGRPO_PROPOSER")
+    return todo
+
+
+def compose(task: Task, config: Config, out: Path, load: Callable, stop: Callable[[], bool] = lambda: False) -> dict | None:
+    """The stages of config.strategy one after another, each from the weights and prompts that the one before found best on dev;
+    where it starts is a candidate of every stage. The task's program comes with its present prompts, `load(config)` gives model
+    and tokenizer. Several stages have a folder each in `out`. Returns, and writes to OUT/result.json, where the best weights and
+    prompts are, the dev scores of each stage and what it took; None where it was stopped before the end."""
+    todo, at, told = plan(task, config), {"model": config.model, "prompts": config.prompts}, []
+    for i, (kind, stage) in enumerate(todo):
+        folder = (out / f"{i + 1}-{kind}" if len(todo) > 1 else out).resolve()
+        stage = dataclasses.replace(stage, **at)
         model, tokenizer = load(stage)
-        if i and kind == "w" and lora_layers(model):        # of an earlier stage: the next one trains a new one on top
+        if i and kind == "w" and lora_layers(model):        # it is merged, and a new one trained on top
             stage = dataclasses.replace(stage, model=str(folder / "base"))
-            if not (folder / "base").exists():
+            if not (folder / "base" / "model.safetensors").exists():        # the file that is written last
                 save_pretrained(merged(model), tokenizer, folder / "base")
             model, tokenizer = load(stage)
         folder.mkdir(parents=True, exist_ok=True)
+        if len(todo) > 1:
+            write_json(folder / "config.json", dataclasses.asdict(stage) | {"strategy": kind})
         before = prompts_of(task.program)
         scores = (train if kind == "w" else search)(task, model, tokenizer, stage, folder, stop)
-        told.append({"stage": folder.name, "dev": scores} | cost(folder) if scores else {})
-        at |= {"model": str(folder / "best")} if kind == "w" else {"prompts": str(folder / "prompts.json")}
+        ended = (folder / "prompts.json").exists() if kind == "p" else step_of(states(folder)[-1]) >= stage.steps
+        if not ended:
+            return None
         if kind == "p":
             print(difference(before, prompts_of(task.program)))
-        if stop():
-            break
-    result = at | {"stages": told}
-    if not stop():
-        write_json(out / "result.json", result)
-    return result
+        at |= {"model": str(folder / "best")} if kind == "w" else {"prompts": str(folder / "prompts.json")}
+        told.append({"stage": folder.name, "dev": scores, **cost(folder)})
+    write_json(out / "result.json", at | {"stages": told})
+    return at | {"stages": told}

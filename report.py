@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from program import STATUSES, Trajectory
+from program import STATUSES, InputError, Trajectory
 
 
 def statuses(trajectories: list[Trajectory]) -> dict[str, int]:
@@ -124,12 +124,18 @@ class Tally:
 
 
 def read_lines(path: Path, cut: bool = False) -> list[dict]:
-    """The objects of a jsonl file, none if it is not there. `cut`: a last line that was not written to its end is cut off."""
+    """The values in a jsonl file, none if it is not there. Raises InputError naming file and line. `cut`: a last line that was not written to its end is cut off."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     if cut and not text.endswith("\n"):
         text = text[:text.rfind("\n") + 1]
         os.truncate(path, len(text.encode())) if path.exists() else None
-    return [json.loads(line) for line in text.splitlines()]
+    lines = text.splitlines()
+    for i, line in enumerate(lines):
+        try:
+            lines[i] = json.loads(line)
+        except (ValueError, RecursionError) as e:
+            raise InputError(f"{path}, line {i + 1}: is no JSON ({e})") from None
+    return lines
 
 
 def cost(out: Path) -> dict:
@@ -141,7 +147,7 @@ def cost(out: Path) -> dict:
                      seconds=sum(m["seconds"].values()))
     found = [json.loads((out / "candidates.json").read_text())] if (out / "candidates.json").exists() else []
     for m in [x for d in dev for x in d["dev"].values()] + read_lines(out / "trials.jsonl") + found:
-        total.update(rollouts=m["rollouts"], tokens=m["tokens"], seconds=m["seconds"])
+        total.update(rollouts=m.get("rollouts", sum(m.get("statuses", {}).values())), tokens=m.get("tokens", 0), seconds=m["seconds"])
     return dict(total)
 
 
@@ -171,10 +177,15 @@ def plot(out: Path) -> None:
 T95 = (math.inf, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)      # Student's t, two-sided 95%, by degrees of freedom
 
 
+def half_width(values: list[float]) -> float:
+    """Of the 95% interval of the mean of several runs; infinite for one run."""
+    n = len(values)
+    return T95[min(n - 1, 9)] * np.std(values, ddof=1) / math.sqrt(n) if n > 1 else math.inf
+
+
 def interval(values: list[float]) -> str:
     """Mean of several runs and the half-width of its 95% interval."""
-    n = len(values)
-    return f"{np.mean(values):.3f}" + (f" ± {T95[min(n - 1, 9)] * np.std(values, ddof=1) / math.sqrt(n):.3f}" if n > 1 else "")
+    return f"{np.mean(values):.3f}" + (f" ± {half_width(values):.3f}" if len(values) > 1 else "")
 
 
 def compare(outs: list[Path]) -> str:

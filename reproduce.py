@@ -10,6 +10,7 @@ read when all of them are there. Then results/LEDGER.md and the figures are writ
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -25,12 +26,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from checkpoint import same_options
 from cli import load_model, load_task
 from mmgrpo import play
 from program import InputError
 from prompt_files import write_json
 from prompts import affordable, rollouts
-from report import interval, read_lines
+from report import half_width, interval, read_lines
+from tokenizer import CheckpointError, read_json
 
 ROOT = Path(__file__).parent
 TASKS = ("banking77", "papillon", "hover")
@@ -101,6 +104,7 @@ class Study:
             for t in self.tasks:
                 folder, steps = self.folder(t, s, "w-equal"), self.equal_steps(t)
                 if not folder.exists():
+                    shutil.rmtree(folder.with_suffix(".new"), ignore_errors=True)       # of a copy that was cut short
                     shutil.copytree(self.folder(t, s, "w"), folder.with_suffix(".new"), ignore=shutil.ignore_patterns("result.*"))
                     folder.with_suffix(".new").rename(folder)
                 jobs.append(self.job(folder / "result.json", "train", t, s, out=folder, steps=steps))
@@ -176,22 +180,28 @@ def signed(values: list[float]) -> str:
     return "+" * bool(np.mean(values) >= 0) + interval(values)
 
 
-def ledger(study: Study, command: str, spent: float) -> str:
+def git(*args: str) -> str:
+    """What git says of this checkout, nothing where there is none."""
+    with contextlib.suppress(OSError):
+        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return ""
+
+
+def ledger(study: Study, command: str, commit: str, spent: float) -> str:
     """The results as Markdown."""
     seeds, tasks = len(study.seeds), study.tasks
     score = {(t, a, how): study.score(t, a, how) for t in tasks for a in ARMS for how in ("sampled", "greedy")}
     mean = lambda a, how="sampled": list(np.mean([score[t, a, how] for t in tasks], axis=0))
     diff = lambda a, b: list(np.subtract(a, b))
-    git = lambda *args: subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "") \
         if Path("/proc/cpuinfo").exists() else platform.processor()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores of {cpu}"
     paper = lambda t, i: " / ".join(map(str, PAPER[t][i])) if i < 4 else ""
     parts = ["# Ledger\n", (
-        f"Written by `{command}` on {time.strftime('%-d %B %Y')} at commit {git('rev-parse', '--short', 'HEAD') or 'unknown'}"
-        f"{' with changes' * bool(git('status', '--porcelain', '--untracked-files=no'))}, torch {torch.__version__}, {device}; "
-        f"{spent / 60:.0f} minutes. Test scores: mean over seeds 0 to {seeds - 1} with a 95% interval (Student's t). Differences are paired by "
-        "seed. Weights and prompts were chosen on dev; test was read once, at the end. The paper's numbers are its percentages for "
+        f"Written by `{command}` on {time.strftime('%-d %B %Y')}, begun at commit {commit}, torch {torch.__version__}, {device}; "
+        f"{spent / 60:.0f} minutes. Test scores: mean over seeds 0 to {seeds - 1} with a 95% interval (Student's t) between seeds: the start, the tasks and "
+        "their test examples stay the same. Differences are paired by seed, and none is corrected for there being several. Weights and prompts "
+        "were chosen on dev; test was read once, at the end. Seconds are of jobs that run beside each other. The paper's numbers are its percentages for "
         "Llama-3.1-8B-Instruct / Qwen3-8B.\n"), "## Four arms\n"]
     parts.append(table(["task", "arm", "test, sampled", "test, greedy", "the paper", "rollouts", "sampled tokens", "seconds"], [
         [t, ARMS[a], interval(score[t, a, "sampled"]), interval(score[t, a, "greedy"]), paper(t, i),
@@ -230,9 +240,8 @@ def verdict(mean) -> str:
     said = []
     for a, b in (("p", "vanilla"), ("w", "vanilla"), ("pw", "p"), ("pw", "w")):
         values = np.subtract(mean(a), mean(b))
-        low = np.mean(values) - float(interval(list(values)).split("±")[-1]) if len(values) > 1 else -np.inf
-        high = 2 * np.mean(values) - low
-        said.append(f"{ARMS[a]} {'above' if low > 0 else 'below' if high < 0 else 'not told apart from'} {ARMS[b]}")
+        sure = abs(np.mean(values)) > half_width(values)
+        said.append(f"{ARMS[a]} {'not told apart from' if not sure else 'above' if np.mean(values) > 0 else 'below'} {ARMS[b]}")
     return f"The paper's order on the mean over tasks, vanilla < prompts, weights < both, by the 95% intervals: {'; '.join(said)}.\n"
 
 
@@ -244,8 +253,7 @@ def curve(study: Study, task: str, seed: int, arm: str) -> list[tuple[float, flo
         if (folder / "candidates.json").exists():
             used += json.loads((folder / "candidates.json").read_text())["rollouts"]
         for line in read_lines(folder / "trials.jsonl") + read_lines(folder / "metrics.jsonl"):
-            used += line["rollouts"] if "trial" in line else sum(sum(d["statuses"].values()) for d in line["dev"].values()) if "dev" in line \
-                else sum(line["statuses"].values())
+            used += sum(sum(m["statuses"].values()) for m in (line["dev"].values() if "dev" in line else [line]))
             score = line["dev"]["sampled"]["score"] if "dev" in line else line["score"] if line.get("full") else None
             if score is not None:
                 best = max(best, score)
@@ -258,7 +266,7 @@ def figures(study: Study, results: Path) -> None:
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    half = lambda v: float(interval(v).split("±")[-1]) if len(v) > 1 else 0.0
+    half = lambda v: half_width(v) if len(v) > 1 else 0.0
 
     def bars(ax, values: dict[str, list[float]], title: str) -> None:
         ax.bar(range(len(values)), [np.mean(v) for v in values.values()], yerr=[half(v) for v in values.values()], capsize=3,
@@ -285,6 +293,18 @@ def figures(study: Study, results: Path) -> None:
         figure.tight_layout(), figure.savefig(results / "ablations.png", dpi=110), pyplot.close(figure)
 
 
+def run_all(what: str, jobs: list[Job], at_a_time: int) -> None:
+    """Run the jobs, some beside each other. The first that fails ends it; those that run go on to their end."""
+    with ThreadPoolExecutor(at_a_time) as pool:
+        running = [pool.submit(job.run) for job in jobs]
+        try:
+            for job in tqdm(as_completed(running), desc=what, unit="job", total=len(jobs)):
+                job.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, help="where everything is kept while it runs [runs/reproduce, or runs/quick]")
@@ -293,7 +313,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="[%(default)s]")
     parser.add_argument("--model", help="another start: a folder or a hub name")
     parser.add_argument("--data", default="", help="folder with banking77/, pupa/ and hotpotqa/, as `make data` leaves them; empty: the miniature")
-    parser.add_argument("--jobs", type=int, default=1 if torch.cuda.is_available() else max((os.cpu_count() or 2) // 1, 1), help="at a time [%(default)s]")
+    parser.add_argument("--jobs", type=int, default=1 if torch.cuda.is_available() else os.cpu_count() or 1, help="at a time [%(default)s]")
     parser.add_argument("--quick", action="store_true", help="a few steps of one seed, to see that all of it works; its numbers mean nothing")
     args = parser.parse_args()
     began, tasks = time.time(), args.tasks.split(",")
@@ -301,27 +321,29 @@ def main() -> None:
     args.results = args.results or (args.out if args.quick else Path("results"))
     if odd := set(tasks) - set(TASKS):
         raise InputError(f"--tasks: {min(odd)!r} is none of {', '.join(TASKS)}")
+    if args.seeds < 1 or args.jobs < 1:
+        raise InputError("--seeds and --jobs: expected at least 1")
     options = ({"model": args.model} if args.model else {}) | (QUICK if args.quick else {})
     study = Study(args.out, tasks, 1 if args.quick else args.seeds, options, args.data)
+    begun = {"options": study.given, "commit": (git("rev-parse", "--short", "HEAD") or "unknown")
+             + " with changes" * bool(git("status", "--porcelain", "--untracked-files=no")), "seconds": 0.0}
+    if (args.out / "study.json").exists():
+        before = read_json(args.out / "study.json")
+        same_options(args.out, before.get("options", {}), {**before.get("options", {}), **study.given})
+        begun |= {"commit": before.get("commit", "unknown"), "seconds": before.get("seconds", 0.0)}
+    args.out.mkdir(parents=True, exist_ok=True)
     print(f"{len(study.trainings())} trainings and more, {args.jobs} at a time: {study.estimate(args.jobs)}", flush=True)
-    for what in ("trainings", "longer", "evaluations"):
-        jobs = getattr(study, what)()
-        with ThreadPoolExecutor(args.jobs) as pool:
-            running = [pool.submit(job.run) for job in jobs]
-            try:
-                for job in tqdm(as_completed(running), desc=what, unit="job", total=len(jobs)):
-                    job.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)          # those that run go on to their end
-                raise
+    try:
+        for what in ("trainings", "longer", "evaluations"):
+            run_all(what, getattr(study, what)(), args.jobs)
+    finally:
+        begun["seconds"] += time.time() - began
+        write_json(args.out / "study.json", begun)
     args.results.mkdir(parents=True, exist_ok=True)
     path, kept = args.results / "LEDGER.md", ""
     if path.exists() and "\n## Analysis" in path.read_text(encoding="utf-8"):
         kept = path.read_text(encoding="utf-8").split("\n## Analysis", 1)[1]
-    spent = (study.out / "spent.json")
-    seconds = (json.loads(spent.read_text()) if spent.exists() else 0) + time.time() - began
-    write_json(spent, seconds)
-    text = ledger(study, " ".join(["python", "reproduce.py", *sys.argv[1:]]), seconds)
+    text = ledger(study, " ".join(["python", "reproduce.py", *sys.argv[1:]]), begun["commit"], begun["seconds"])
     path.write_text(text + ("\n## Analysis" + kept if kept else ""), encoding="utf-8")
     figures(study, args.results)
     print(text)
@@ -331,5 +353,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except InputError as e:
+    except (InputError, CheckpointError, OSError) as e:
         sys.exit(f"error: {e}")

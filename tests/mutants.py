@@ -143,6 +143,13 @@ MUTANTS = [
     ("a stage begins where the last one ended", "prompts.py", "stage = dataclasses.replace(config, **at, seed", "stage = dataclasses.replace(config, seed", "prompts"),
     ("a second round draws anew", "prompts.py", "config.seed + 1000 * kinds[:i].count(kind)", "config.seed", "prompts"),
     ("the runs for demonstrations are counted", "prompts.py", '"rollouts": len(runs + asked)', '"rollouts": len(asked)', "prompts"),
+    ("a search with fewer trials has ended", "prompts.py", "    if small >= config.trials or len(whole)", "    if small == config.trials or len(whole)", "prompts"),
+    ("a trial that is none is refused", "prompts.py", "type(k) is int and 0 <= k < n for", "True for", "prompts"),
+    ("later stages build on what earlier ones were", "cli.py", 'FREE if single else tuple({*FREE} - {"steps", "trials"})', "FREE", "prompts"),
+    ("a result is written where it was not yet", "cli.py", 'if done >= config.steps and (out / "result.json").exists():', "if done >= config.steps:", "train prompts"),
+    ("a stage that was stopped has no result", "prompts.py", "        if not ended:\n            return None\n", "", "prompts"),
+    ("a study goes on with its own options", "reproduce.py", "        same_options(args.out, before", "        0 and same_options(args.out, before", "reproduce"),
+    ("test is read when every training is there", "reproduce.py", '("trainings", "longer", "evaluations")', '("trainings", "evaluations", "longer")', "reproduce"),
     ("a budget is not overrun", "prompts.py", "+ n * min(config.minibatch, dev))", ")", "prompts"),
     # tasks
     ("no name of the tasks is in the pretraining text", "tasks/pretrain.py", 'names = Names(rng, "pretrain")', 'names = Names(rng, "task")', "tasks"),
@@ -151,7 +158,7 @@ MUTANTS = [
     ("a kept index is of its bm25s", "tasks/hover.py", "repr((bm25s.__version__, STOPWORDS))", "repr(STOPWORDS)", "tasks"),
     ("a benchmark leaves no process", "tests/bench.py", "            ends.callback(w.communicate)  ", "            ends  ", "bench"),
     ("a benchmark leaves no file", "tests/bench.py", 'env=os.environ | {"TMPDIR": folder})', 'env={**os.environ})', "bench"),
-    ("a run is never written over", "cli.py", '    if done >= config.steps and config.strategy == "w":', "    if False:", "train"),
+    ("a run is never written over", "cli.py", '    if done >= config.steps and (out / "result.json").exists():', "    if False:", "train"),
 ]
 
 

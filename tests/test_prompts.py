@@ -142,9 +142,29 @@ def test_proposals_are_asked_for_per_module_and_the_useless_ones_dropped_and_cou
 def test_a_list_of_instructions_that_cannot_be_used_is_refused(tmp_path, text, culprit):
     (tmp_path / "i.json").write_text(text)
     with pytest.raises((InputError, CheckpointError), match=f"i.json: .*{culprit}"):
-        P.read_instructions(str(tmp_path / "i.json"), Two().modules())
+        P.given_instructions(make_task(), dataclasses.replace(CONFIG, instructions=str(tmp_path / "i.json")))
     (tmp_path / "i.json").write_text('{"ask": ["One.", "Two."]}')
-    assert P.read_instructions(str(tmp_path / "i.json"), Two().modules()) == {"ask": ["One.", "Two."]}
+    assert P.given_instructions(make_task(), dataclasses.replace(CONFIG, instructions=str(tmp_path / "i.json"))) == {"ask": ["One.", "Two."]}
+    with pytest.raises(InputError, match="--task hover: its instructions: ask: expected a list"):
+        P.given_instructions(dataclasses.replace(make_task(), instructions={"ask": "Ask."}), CONFIG)
+
+
+@pytest.mark.parametrize("line, culprit", [("{", "line 2: is no JSON"), ("3", "line 2: is no trial"), ('{"choice": [9, 0, 0], "score": 1, "full": true, "examples": 4}', "line 2"),
+                                           ('{"choice": [0], "score": 1, "full": true, "examples": 4}', "line 2"),
+                                           ('{"choice": [0, 0, 0], "score": NaN, "full": true, "examples": 4}', "line 2")])
+def test_trials_that_are_none_are_refused_by_line(tmp_path, line, culprit):
+    good = json.dumps({"choice": [0, 1, 0], "score": 0.5, "full": True, "examples": 4})
+    (tmp_path / "trials.jsonl").write_text(f"{good}\n{line}\n{good}\n")
+    with pytest.raises(InputError, match=f"trials.jsonl, {culprit}"):
+        P.read_trials(tmp_path / "trials.jsonl", [3, 2, 2])
+
+
+@pytest.mark.parametrize("text", ["{}", '{"config": {}, "start": {"ask": {}}, "modules": {}, "good_runs": 1, "rollouts": 1, "dropped": {}}',
+                                  '{"config": {}, "start": 3, "modules": [], "good_runs": 1, "rollouts": 1, "dropped": {}}'])
+def test_candidates_that_are_none_are_refused(scripted, tmp_path, text):
+    (tmp_path / "candidates.json").write_text(text)
+    with pytest.raises(InputError, match="candidates.json: is not as a search writes it"):
+        P.search(make_task(), None, None, CONFIG, tmp_path)
 
 
 def test_a_program_runs_on_an_endpoint_as_on_a_sampler():
@@ -163,10 +183,15 @@ def test_a_program_runs_on_an_endpoint_as_on_a_sampler():
 def test_choices_are_candidates_and_new_ones_first(sizes, tried, seed):
     rng = random.Random(seed)
     scored = {tuple(rng.randrange(n) for n in sizes): rng.random() for _ in range(tried)}
-    choice = P.next_choice(sizes, scored, rng, draws=200)
+    choice = P.next_choice(sizes, scored, rng)
     assert len(choice) == len(sizes) and all(0 <= k < n for k, n in zip(choice, sizes))
-    if not scored:
-        assert choice not in scored
+
+
+@pytest.mark.parametrize("startup", [0, 8])
+@pytest.mark.parametrize("new", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_a_choice_that_was_not_tried_comes_first(startup, new):
+    scored = {c: float(c == (1, 1)) for c in [(0, 0), (0, 1), (1, 0), (1, 1)] if c != new}
+    assert P.next_choice([2, 2], scored, random.Random(0), startup=startup, draws=200) == new
 
 
 def test_the_search_finds_what_is_good_sooner_than_chance():
@@ -184,23 +209,26 @@ def test_the_search_finds_what_is_good_sooner_than_chance():
 
 
 @given(seed=st.integers(0, 999), trials=st.integers(0, 12), every=st.integers(1, 5))
-def test_the_best_is_never_below_the_start_and_every_search_ends(seed, trials, every):
+def test_the_start_comes_first_and_every_search_ends(seed, trials, every):
     rng, config, done = random.Random(seed), dataclasses.replace(CONFIG, trials=trials, full_every=every, seed=seed), []
     while (trial := P.next_trial([3, 2], done, config)):
         done.append({"choice": trial[0], "full": trial[1], "examples": 4 if trial[1] else 2, "score": rng.random()})
         assert len(done) < 40
     whole = [t for t in done if t["full"]]
-    assert done[0]["full"] and done[0]["choice"] == (0, 0) and sum(not t["full"] for t in done) == trials
+    assert done[0]["full"] and done[0]["choice"] == (0, 0) and sum(not t["full"] for t in done) <= trials
+    assert sum(not t["full"] for t in done) == trials or len(whole) == 6
     assert len({t["choice"] for t in whole}) == len(whole) <= 1 + -(-trials // every)
     if trials and {t["choice"] for t in done} != {(0, 0)}:
         assert len(whole) > 1
+    assert all(P.next_trial([3, 2], done, dataclasses.replace(config, trials=fewer)) is None or done[-1]["full"] is False
+               for fewer in range(trials))                      # with fewer trials it has ended as well
 
 
 def test_the_best_of_all_dev_is_kept_and_written(scripted, tmp_path):
     task = make_task()
     scores = P.search(task, None, None, CONFIG, tmp_path)
     trials = trials_of(tmp_path)
-    assert scores == [t["score"] for t in trials if t["full"]] and max(scores) >= scores[0]
+    assert scores == [t["score"] for t in trials if t["full"]] and len(scores) > 1
     best = prompts_of(task.program)
     other = make_task()
     load_prompts(other.program, tmp_path / "prompts.json")
@@ -225,6 +253,7 @@ def test_a_search_that_was_killed_ends_as_if_it_had_not_been(scripted, tmp_path,
             log.write('{"trial": 99, "cho')
     P.search(second, None, None, CONFIG, resumed)
     assert trials_of(whole) == trials_of(resumed) and prompts_of(first.program) == prompts_of(second.program)
+    assert not (resumed / "prompts.json").exists() or P.search(make_task(), None, None, CONFIG, resumed)
     with pytest.raises(InputError, match="begun with --minibatch 2, not 3"):
         P.search(make_task(), None, None, dataclasses.replace(CONFIG, minibatch=3), resumed)
 
@@ -280,6 +309,7 @@ def test_weights_are_trained_under_the_prompts_that_were_found(model, tokenizer,
     seen, original = [], G.step_gradient
     monkeypatch.setattr(G, "step_gradient", lambda model, rows, *a, **o: (seen.extend(rows), original(model, rows, *a, **o))[1])
     def search(task, model, tokenizer, config, out, stop):
+        (out / "trials.jsonl").write_text("")
         task.program.ask.instruction, task.program.ask.demos = "Ask it so.", [{"x": "violet", "y": "crimson"}]
         save_prompts(task.program, out / "prompts.json")
         return [0.0, 0.1]
@@ -338,6 +368,24 @@ def test_a_second_training_with_lora_starts_from_the_merged_first(tokenizer, tmp
     assert last["base_model_name_or_path"] == str(tmp_path / "3-w" / "base") and result["model"] == str(tmp_path / "3-w" / "best")
 
 
+def test_a_result_that_was_not_written_in_time_is_written_by_the_next_command(model, tokenizer, tmp_path):
+    config = dataclasses.replace(SMALL, strategy="w")
+    first = P.compose(loose(lambda e, p: 1.0), config, tmp_path, lambda stage: (model, tokenizer))
+    (tmp_path / "result.json").unlink()                     # killed before
+    again = P.compose(loose(lambda e, p: 1.0), config, tmp_path, lambda stage: (model, tokenizer), stop=lambda: True)
+    assert again == first == json.loads((tmp_path / "result.json").read_text())
+
+
+def test_what_cannot_be_afforded_or_read_is_refused_before_anything_is_run(tmp_path, monkeypatch):
+    for more, culprit in (({"budget": 30}, "--budget 30"), ({"strategy": "w -> p", "instructions": "no.json"}, "no.json")):
+        with pytest.raises((InputError, CheckpointError), match=culprit):
+            P.compose(loose(), dataclasses.replace(SMALL, **more), tmp_path / "out", None)
+    monkeypatch.setenv("MMGRPO_PROPOSER", "one-word")
+    with pytest.raises(InputError, match="MMGRPO_PROPOSER"):
+        P.compose(loose(), SMALL, tmp_path / "out", None)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_command_line_searches_prompts_and_then_trains(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = ["--task", "banking77", "--trials", "2", "--full-every", "2", "--minibatch", "4", "--eval-examples", "4", "--bootstrap", "8",
@@ -350,4 +398,9 @@ def test_the_command_line_searches_prompts_and_then_trains(tmp_path, capsys, mon
     assert cli.main(["prompts", *options, "--out", "mine"]) == 0 and (tmp_path / "mine" / "prompts.json").is_file()
     assert cli.main(["train", *options, "--strategy", "w -> p", "--out", "runs/banking77"]) == 2
     assert "begun with --strategy p -> w" in capsys.readouterr().err
+    before = (tmp_path / "runs/banking77/config.json").read_text()
+    for changed in (["--trials", "3"], ["--steps", "2"], ["--lr", "0.1"]):          # the second stage is of the first one's prompts
+        assert cli.main(["train", *options, "--strategy", "p -> w", "--out", "runs/banking77", *changed]) == 2
+        assert f"begun with {changed[0]}" in capsys.readouterr().err and (tmp_path / "runs/banking77/config.json").read_text() == before
+    assert cli.main(["replay", "runs/banking77/2-w", "1"]) == 0 and "token for token those" in capsys.readouterr().out
     assert cli.main(["train", *options, "--strategy", "x"]) == 2 and not (tmp_path / "runs/banking77-2").exists()

@@ -97,11 +97,24 @@ def test_a_command_that_fails_ends_it_with_its_last_words(monkeypatch, commands,
     def run(command, stdout, **options):
         stdout.write("error: out of luck\n")
         return SimpleNamespace(returncode=2)
-    monkeypatch.setattr(R.subprocess, "run", run)
+    monkeypatch.setattr(R.subprocess, "run", run), monkeypatch.setattr(R, "git", lambda *args: "")
     with pytest.raises(InputError, match="ended with 2.*out of luck"):
         reproduce(monkeypatch, "--seeds", "1")
     with pytest.raises(InputError, match="--tasks: 'chess'"):
         reproduce(monkeypatch, "--tasks", "chess")
+
+
+def test_a_study_goes_on_with_its_own_options_alone(monkeypatch, commands):
+    reproduce(monkeypatch, "--seeds", "1", "--tasks", "banking77")
+    made = len(commands)
+    with pytest.raises(InputError, match="was begun with"):
+        reproduce(monkeypatch, "--seeds", "1", "--tasks", "banking77", "--model", "other/model")
+    with pytest.raises(InputError, match="--seeds and --jobs"):
+        reproduce(monkeypatch, "--seeds", "0")
+    assert len(commands) == made
+    Path("runs/reproduce/banking77-1").mkdir()
+    (Path("runs/reproduce/banking77-1") / "w-equal.new").mkdir()                    # a copy that was cut short
+    assert "seeds 0 to 1" in reproduce(monkeypatch, "--seeds", "2", "--tasks", "banking77")
 
 
 def test_longer_training_takes_as_many_rollouts_as_prompts_and_weights_together():
