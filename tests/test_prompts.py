@@ -284,7 +284,8 @@ def test_a_strategy_that_cannot_be_read_is_refused(strategy):
         P.stages(strategy)
 
 
-PAIR = Task(Two(), lambda e, p: 1.0, [{"x": str(i)} for i in range(5)], [{"x": "dev"}] * 3, [], instructions={"ask": ("Ask well.", "Ask.")})
+PAIR = Task(Two(), lambda e, p: 1.0, [{"x": str(i)} for i in range(5)], [{"x": "dev"}] * 3, [], instructions={
+    "ask": ("Ask well.", "Ask."), "note": tuple(f"Note {i}." for i in range(9))})
 SMALL = G.Config(examples=2, rollouts=3, max_tokens=4, max_calls=2, slots=8, steps=2, trials=3, full_every=2, minibatch=2, demos=1,
                  bootstrap=2, eval_every=2, strategy="p -> w")
 
@@ -347,6 +348,7 @@ def test_stages_go_on_where_they_were_stopped(tokenizer, tmp_path):
     for limit in (2, 5, 9, 99):
         calls = []
         again = P.compose(loose(lambda e, p: 1.0), config, tmp_path / "parts", fresh, stop=lambda: len(calls.append(1) or calls) > limit)
+        assert (again is not None) == (tmp_path / "parts/result.json").exists() == (len(calls) <= limit)
     strip = lambda result: [{k: v for k, v in s.items() if k != "seconds"} for s in result["stages"]]
     assert strip(whole) == strip(again) and len(whole["stages"]) == 4
     assert [m["digest"] for m in read_metrics(tmp_path / "whole" / "4-w")[0]] == [m["digest"] for m in read_metrics(tmp_path / "parts" / "4-w")[0]]
@@ -395,6 +397,10 @@ def test_the_command_line_searches_prompts_and_then_trains(tmp_path, capsys, mon
     assert "1-p: dev score" in said and "2-w: dev score" in said and "banking77 dev score:" in said
     result = json.loads((tmp_path / "runs/banking77/result.json").read_text())
     assert [s["stage"] for s in result["stages"]] == ["1-p", "2-w"] and (tmp_path / result["model"] / "model.safetensors").is_file()
+    assert cli.main(["train", *options, "--out", "weights"]) == 0
+    (tmp_path / "weights/result.json").unlink()             # as if killed before: the same command ends it
+    assert cli.main(["train", *options, "--out", "weights"]) == 0 and (tmp_path / "weights/result.json").exists()
+    assert cli.main(["train", *options, "--out", "weights"]) == 2 and "finished at step 1" in capsys.readouterr().err
     assert cli.main(["prompts", *options, "--out", "mine"]) == 0 and (tmp_path / "mine" / "prompts.json").is_file()
     assert cli.main(["train", *options, "--strategy", "w -> p", "--out", "runs/banking77"]) == 2
     assert "begun with --strategy p -> w" in capsys.readouterr().err
