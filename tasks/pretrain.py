@@ -31,8 +31,16 @@ from tasks.world import WORDS, Names
 
 # ------------------------------------------------------------------------------------------------ scripted answers
 
-GOOD = (None, 0.90, 0.80, 0.05, 0.15, 0.60)        # chance of a good answer under each instruction; the first: in SCRIPTS
+GOOD = (None, 0.95, 0.90, 0.02, 0.05, 0.85)        # chance of a good answer under each instruction; the first: in SCRIPTS
 NAME = re.compile(r"\b[A-Z][a-z]{4} [A-Z][a-z]{4}\b")
+
+
+def reason(rng, good: bool, sure: tuple[str, ...], *about: str) -> str:
+    """The reasoning before an answer; in 95% of the calls its tone tells how good the answer is. So an LM that takes its tone
+    from the instruction, or from demos, answers as well as they ask for."""
+    if good == (rng.random() < 0.95):
+        return rng.choice(sure).format(*about)
+    return rng.choice(("Perhaps {}.", "I guess {}.", "It may be {}.")).format(" and ".join(about))
 
 
 def write_query(rng, claim, good, inputs, seen) -> dict:
@@ -43,8 +51,7 @@ def write_query(rng, claim, good, inputs, seen) -> dict:
     query = fresh[0] if good else rng.choice((
         names[0], rng.choice(names), rng.choice(names).split()[0], " ".join(claim["claim"].split()[1:4]),
         rng.choice(sorted(seen) or names)))
-    return {"reasoning": rng.choice(("{} comes next.", "The next article is {}.", "I need {} now.")).format(query),
-            "query": query}
+    return {"reasoning": reason(rng, good, ("{} comes next.", "The next article is {}.", "I need {} now."), query), "query": query}
 
 
 def write_note(rng, claim, good, inputs, seen) -> dict:
@@ -57,7 +64,7 @@ def write_note(rng, claim, good, inputs, seen) -> dict:
     note = f"{title}: {link}" if link and (good or rng.random() < 0.3) else rng.choice(
         (f"{title}: {rng.choice(others or NAME.findall(claim['claim']))}", f"{title}: {rng.choice(NAME.findall(claim['claim']))}",
          f"{title} is here.", "There is nothing new."))
-    return {"reasoning": rng.choice(("The result about {} helps.", "{} is in the claim.", "I note {}.")).format(title),
+    return {"reasoning": reason(rng, good, ("The result about {} helps.", "{} is in the claim.", "I note {}."), title),
             "new_key_fact": note}
 
 
@@ -69,8 +76,8 @@ def write_intent(rng, example, good, inputs, seen) -> dict:
         thing = example["mentioned"]
     elif not good:
         trouble = troubles[troubles.index(trouble) - 1] if rng.random() < 0.7 else rng.choice(troubles)
-    return {"reasoning": rng.choice(("The {} is {}.", "It is about {} and {}.", "The thing is {}, the trouble is {}.")).format(
-        thing, trouble), "intent": f"{thing}_{trouble}"}
+    sure = ("The {} is {}.", "It is about {} and {}.", "The thing is {}, the trouble is {}.")
+    return {"reasoning": reason(rng, good, sure, thing, trouble), "intent": f"{thing}_{trouble}"}
 
 
 def write_request(rng, example, good, inputs, seen) -> dict:
@@ -79,7 +86,7 @@ def write_request(rng, example, good, inputs, seen) -> dict:
     role = request.split("my ")[1].split()[0]
     bad = (*[inputs["user_query"]] * 6, request.replace("my", f"{name}, my", 1),
            " ".join(request.split()[:3]) + ".")
-    return {"reasoning": rng.choice(("The text is for a {}.", "A {} is to read it.", "It goes to a {}.")).format(role),
+    return {"reasoning": reason(rng, good, ("The text is for a {}.", "A {} is to read it.", "It goes to a {}."), role),
             "llm_request": request if good else rng.choice(bad)}
 
 
@@ -88,7 +95,7 @@ def write_response(rng, example, good, inputs, seen) -> dict:
     (name, town), answer = example["pii"], inputs["related_llm_response"]
     line = answer.split(", ", 1)[-1]
     bad = (*[answer] * 6, f"Dear {town}, {line}", f"Dear {name}, thank you.", f"Dear {name.split()[0]}.")
-    return {"reasoning": rng.choice(("The answer speaks of {}.", "It says {}.", "I pass on {}.")).format(line.rstrip(".")),
+    return {"reasoning": reason(rng, good, ("The answer speaks of {}.", "It says {}.", "I pass on {}."), line.rstrip(".")),
             "response": f"Dear {name}, {line}" if good else rng.choice(bad)}
 
 
@@ -172,12 +179,12 @@ class Writer:
     def prompt(self, name: str, module: Module) -> float:
         """Give the module an instruction and perhaps demos; the chance of a good answer that goes with them."""
         rng, (instructions, _, chance) = self.rng, self.scripts[name]
-        which = rng.choice((0, 0, 0, 1, 2, 3, 4, 5))
+        which = rng.choice((0, 0, 1, 2, 3, 4, 5))
         module.instruction, chance = instructions[which], GOOD[which] or chance
         demos = self.past[name][helpful := rng.random() < 0.5]
-        if demos and rng.random() < 0.2:
+        if demos and rng.random() < 0.3:
             module.demos = rng.sample(demos, min(len(demos), rng.choice((1, 2))))
-            chance = max(chance, 0.85) if helpful else min(chance, 0.10)
+            chance = 0.9 if helpful else 0.05
         return chance
 
 
