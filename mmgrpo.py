@@ -584,13 +584,18 @@ def train_step(model, tokenizer, optimizer, reference, task: Task, config: Confi
     return metrics | {"lr": parameters["lr"], "seconds": seconds | {"update": time.perf_counter() - began}}
 
 
+def check_sampling(config: Config) -> None:
+    """Raises InputError where the distribution sampled would not be the one trained."""
+    for name, wrong in (("top_k", config.top_k), ("top_p", config.top_p < 1), ("temperature", config.temperature == 0)):
+        if wrong:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: for evaluation only; what is sampled is trained")
+
+
 def train(task: Task, model: Transformer, tokenizer: Tokenizer, config: Config, out: Path,
           stop: Callable[[], bool] = lambda: False) -> list[float]:
     """Train model's weights in place; return the dev scores, the first before any step. What it leaves in the folder `out`
     is in the README ("What a run leaves"). A run that was interrupted there goes on; it ends early once stop() is true."""
-    for name, wrong in (("top_k", config.top_k), ("top_p", config.top_p < 1), ("temperature", config.temperature == 0)):
-        if wrong:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: for evaluation only; what is sampled is trained")
+    check_sampling(config)
     if lora_layers(model):
         raise InputError(f"--model {config.model}: is a LoRA adapter; merge it first (`merge ADAPTER OUT`), then train what came of it")
     if config.lora_rank:

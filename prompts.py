@@ -23,7 +23,7 @@ from tqdm import tqdm
 from checkpoint import same_options, states, step_of
 from endpoint import Endpoint, Remote
 from lora import lora_layers, merged
-from mmgrpo import Config, Sampler, evaluate, play, train
+from mmgrpo import Config, Sampler, check_sampling, evaluate, play, train
 from model import save_pretrained
 from program import InputError, Module, Prediction, Program, Task, Trajectory, run_programs
 from prompt_files import difference, prompts_of, save_dspy, save_prompts, set_prompts, write_json
@@ -301,6 +301,8 @@ def plan(task: Task, config: Config) -> list[tuple[str, Config]]:
             n = affordable(kind, task, stage, config.budget // len(kinds))
             stage = dataclasses.replace(stage, **{"steps" if kind == "w" else "trials": n})
         todo.append((kind, stage))
+    if "w" in kinds:
+        check_sampling(config)
     if "p" in kinds:
         given_instructions(task, config), Endpoint.named("MMGRPO_PROPOSER")
     return todo

@@ -150,6 +150,7 @@ MUTANTS = [
     ("a stage that was stopped has no result", "prompts.py", "        if not ended:\n            return None\n", "", "prompts"),
     ("a study goes on with its own options", "reproduce.py", "        same_options(args.out, before", "        0 and same_options(args.out, before", "reproduce"),
     ("test is read when every training is there", "reproduce.py", '("trainings", "longer", "evaluations")', '("trainings", "evaluations", "longer")', "reproduce"),
+    ("weights that cannot be trained are refused before prompts are searched", "prompts.py", "        check_sampling(config)\n", "        pass\n", "prompts"),
     ("a budget is not overrun", "prompts.py", "+ n * min(config.minibatch, dev))", ")", "prompts"),
     # tasks
     ("no name of the tasks is in the pretraining text", "tasks/pretrain.py", 'names = Names(rng, "pretrain")', 'names = Names(rng, "task")', "tasks"),

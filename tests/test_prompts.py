@@ -379,7 +379,8 @@ def test_a_result_that_was_not_written_in_time_is_written_by_the_next_command(mo
 
 
 def test_what_cannot_be_afforded_or_read_is_refused_before_anything_is_run(tmp_path, monkeypatch):
-    for more, culprit in (({"budget": 30}, "--budget 30"), ({"strategy": "w -> p", "instructions": "no.json"}, "no.json")):
+    for more, culprit in (({"budget": 30}, "--budget 30"), ({"strategy": "w -> p", "instructions": "no.json"}, "no.json"),
+                          ({"strategy": "p -> w", "temperature": 0.0}, "--temperature 0")):
         with pytest.raises((InputError, CheckpointError), match=culprit):
             P.compose(loose(), dataclasses.replace(SMALL, **more), tmp_path / "out", None)
     monkeypatch.setenv("MMGRPO_PROPOSER", "one-word")
