@@ -11,9 +11,9 @@ train prompts: .venv/ready
 	$(PY) mmgrpo.py $@ --task $(TASK) $(call option,STEPS,steps) $(call option,MODEL,model) $(call option,DATA,data) \
 	  $(call option,OUT,out) $(if $(STRATEGY),--strategy "$(STRATEGY)") $(if $(RESUME),--resume) $(ARGS)
 
-# Score a checkpoint (MODEL=runs/hover/last) on a split (ARGS="--split test"); show one run on one example as a trace.
+# Score a checkpoint (MODEL=runs/hover/last) on a split (ARGS="--split test"), into OUT=FILE.json too; show one run on one example as a trace.
 eval show: .venv/ready
-	$(PY) mmgrpo.py $@ --task $(TASK) $(call option,MODEL,model) $(call option,DATA,data) $(ARGS)
+	$(PY) mmgrpo.py $@ --task $(TASK) $(call option,MODEL,model) $(call option,DATA,data) $(call option,OUT,out) $(ARGS)
 
 # The paper's comparison: prompts, weights, both, on three programs; into results/LEDGER.md. It goes on where it was stopped.
 reproduce: .venv/ready

@@ -135,7 +135,7 @@ def run_train(task: Task, config: Config) -> str:
         interrupts += 1
         if interrupts > 1:
             raise KeyboardInterrupt
-        print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+        print("\nstopping after this step or trial; Ctrl-C again stops at once", file=sys.stderr)
     before, began = signal.signal(signal.SIGINT, on_interrupt), time.perf_counter()
     try:
         result = compose(task, config, out, lambda stage: loaded.pop() if loaded else load_model(stage), lambda: interrupts > 0)
@@ -150,8 +150,8 @@ def run_train(task: Task, config: Config) -> str:
     return (f"{skipped} steps were skipped, for their gradient was not finite\n" * bool(skipped)
             + "".join(f"{s['stage']}: dev score {s['dev'][0]:.3f} -> {max(s['dev']):.3f}, {s['rollouts']:,} rollouts, {s['tokens']:,} "
                       f"sampled tokens, {s['seconds']:.0f} s\n" for s in told if not alone)
-            + f"metrics, checkpoints, prompts and curves are in {out}\n{config.task} dev score: {told[0]['dev'][0]:.3f} -> {last:.3f} "
-            f"({size}{time.perf_counter() - began:.0f} s)")
+            + f"what it left is in {out}\n{config.task} dev score: {told[0]['dev'][0]:.3f} -> {last:.3f} "
+            f"({size}{time.perf_counter() - began:.0f} s{' of this command' * (not alone)})")
 
 
 def run_replay(folder: str, step: str, config: Config) -> str:
@@ -164,6 +164,8 @@ def run_replay(folder: str, step: str, config: Config) -> str:
         digests = {m["step"]: m["digest"] for m in read_metrics(Path(folder))[0]}
     except (OSError, ValueError, TypeError, KeyError) as e:
         raise InputError(f"{folder}: holds no run ({type(e).__name__}: {e})") from None
+    if not digests:
+        raise InputError(f"{folder}: holds no steps of a training" + "".join(f"; {w} does" for w in sorted(Path(folder).glob("*-w"))))
     if step not in digests or not 0 <= config.index < done.examples:
         raise InputError(f"{folder}: there is no example {config.index} of step {step}: the run has steps 1 to "
                          f"{max(digests, default=0)} of {done.examples} examples each")
@@ -187,6 +189,7 @@ def run_eval(task: Task, config: Config) -> str:
     """Score a checkpoint on a split, sampled and greedily, with how the runs ended."""
     if config.out and not Path(config.out).parent.is_dir():
         raise InputError(f"--out {config.out}: its folder is not there")
+    remind(config)
     model, tokenizer = load_model(config)
     examples, lines, results = split_of(task, config.split, config)[:config.eval_examples or None], [], {}
     for name, temperature in ((f"sampled at {config.temperature}", config.temperature), ("greedy", 0.0)):
@@ -199,8 +202,19 @@ def run_eval(task: Task, config: Config) -> str:
     return "\n".join(lines)
 
 
+def remind(config: Config) -> None:
+    """A note where the weights of a run are used for another task, or under other prompts, than they were trained for."""
+    with contextlib.suppress(CheckpointError):
+        begun = read_json(Path(config.model).parent / "config.json")
+        for name in ("task", "prompts"):
+            was, now = begun.get(name), getattr(config, name)
+            if type(was) is str and was != now and (not was or not now or Path(was).resolve() != Path(now).resolve()):
+                print(f"note: {config.model} was trained with --{name} {was or 'none'}, and is used with {now or 'none'}", file=sys.stderr)
+
+
 def run_show(task: Task, config: Config) -> str:
     """Run the program on one example and return the trace."""
+    remind(config)
     model, tokenizer = load_model(config)
     examples = split_of(task, config.split, config)
     if config.index >= len(examples):
@@ -295,7 +309,8 @@ def parse_arguments(argv: list[str]) -> tuple[str, list]:
     """argv -> (command, the arguments of its function)."""
     parser = argparse.ArgumentParser(prog="mmgrpo.py", usage="mmgrpo.py COMMAND [FILE …] [--option VALUE …]", description=(
         mmgrpo.__doc__.split("\n\n")[1] + " Defaults are in brackets; a task may have its own, and a flag beats both."))
-    parser.add_argument("command", choices=("train", "prompts", "eval", "show", "group", "replay", "merge"))
+    parser.add_argument("command", choices=("train", "prompts", "eval", "show", "group", "replay", "merge"), help=(
+        "train weights; search prompts; score a checkpoint; show one run; group trajectories; sample a step of a run again; merge an adapter"))
     parser.add_argument("files", nargs="*", help="of group: a JSON file of trajectories, or - for standard input; of replay: the "
                                                  "folder of a run and one of its steps; of merge: the folder of a LoRA adapter and a new one")
     source = Path(sys.modules[Config.__module__].__file__).read_text(encoding="utf-8").split("class Config:")[1]
@@ -308,7 +323,9 @@ def parse_arguments(argv: list[str]) -> tuple[str, list]:
     given = vars(parser.parse_args(argv))
     command, files = given.pop("command"), given.pop("files")
     if command == "prompts":
-        given = {"strategy": "p"} | given
+        if "strategy" in given:
+            parser.error("prompts takes no --strategy; `train` does")
+        given["strategy"] = "p"
     takes = {"group": "FILE", "replay": "RUN STEP", "merge": "ADAPTER OUT"}.get(command, "")
     if len(files) != len(takes.split()) or command == "replay" and not files[1].isdecimal():
         parser.error(f"{command} takes {takes or 'options only'}")

@@ -13,11 +13,12 @@ class Config:
     """Saved with the run. A task may come with defaults of its own for some of these. The paper's: --examples 4 --rollouts 12 --steps 750
     --lr 1e-5 --beta 0.01 --clip-norm 0.1 --temperature 0.6 --short-groups fill --lora-rank 16 --lora-dropout 0.05."""
     task: str = "hover"             # hover, banking77, papillon, or a Python file with a function load(data)
-    model: str = "tasks/tiny"       # checkpoint folder in Hugging Face layout
+    model: str = "tasks/tiny"       # checkpoint folder in Hugging Face layout, or a name on its hub
     data: str = ""                  # folder with the task's real data; empty: the miniature edition
     prompts: str = ""               # JSON with instructions and demos, as a prompt search leaves it, or a state of DSPy
     out: str = ""                   # folder of the run; empty: runs/<task>, then runs/<task>-2, …; of `eval`: a JSON file
     seed: int = 0                   # everything random follows from it
+    dev_seed: int = -1              # of evaluations (-1: as seed); a strategy's later rounds train with other seeds
     device: str = ""                # cpu or cuda; empty: cuda where there is one
     dtype: str = "float32"          # of the weights that sample and score: float32 or bfloat16; masters are float32
     # rollouts
@@ -87,7 +88,7 @@ class Config:
             value, flag = getattr(self, f.name), f"--{f.name.replace('_', '-')}"
             if f.name in choices and value not in choices[f.name]:
                 raise InputError(f"{flag}: {value!r} is none of {', '.join(choices[f.name])}")
-            low = 1 if f.name in positive else -math.inf if f.name in ("failure_score", "format_failure_score", "demo_score") else 0
+            low = 1 if f.name in positive else -1 if f.name == "dev_seed" else -math.inf if f.name in ("failure_score", "format_failure_score", "demo_score") else 0
             if f.type in ("int", "float") and not (low <= value and math.isfinite(value)):
                 raise InputError(f"{flag}: {value} is not a number of at least {low}")
         if self.lora_dropout >= 1:

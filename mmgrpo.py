@@ -529,6 +529,7 @@ def play(model: Transformer, tokenizer: Tokenizer, task: Task, examples: list[di
 def evaluate(model, tokenizer, task: Task, examples: list[dict], config: Config, temperature: float, step: int = -1) -> dict:
     """Mean score of one run per example, its standard error, and how the runs ended; one that did not complete scores
     failure_score. The random numbers are the same at every evaluation of a `step`."""
+    config = dataclasses.replace(config, seed=config.dev_seed if config.dev_seed >= 0 else config.seed)
     runs, seconds = play(model, tokenizer, task, examples, config, temperature, step)
     scores = np.array([t.reward if t.status == "completed" else config.failure_score for t in runs])
     names = sorted({name for t in runs for name in t.measures})

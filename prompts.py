@@ -292,11 +292,12 @@ def affordable(kind: str, task: Task, config: Config, budget: int) -> int:
 
 
 def plan(task: Task, config: Config) -> list[tuple[str, Config]]:
-    """The stages of config.strategy with their settings: a second round draws anew, a budget says how many steps and trials there
-    are. Raises InputError for what could not be begun, or afforded, later on."""
+    """The stages of config.strategy with their settings: a second round draws anew, but is scored with the same random numbers; a
+    budget says how many steps and trials there are. Raises InputError for what could not be begun, or afforded, later on."""
     kinds, todo = stages(config.strategy), []
     for i, kind in enumerate(kinds):
-        stage = dataclasses.replace(config, seed=config.seed + 1000 * kinds[:i].count(kind))
+        again, dev_seed = kinds[:i].count(kind), config.seed if config.dev_seed < 0 else config.dev_seed
+        stage = dataclasses.replace(config, seed=config.seed + 1000 * again, dev_seed=dev_seed) if again else config
         if config.budget:
             n = affordable(kind, task, stage, config.budget // len(kinds))
             stage = dataclasses.replace(stage, **{"steps" if kind == "w" else "trials": n})

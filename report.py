@@ -202,7 +202,7 @@ def compare(outs: list[Path]) -> str:
 
 
 if __name__ == "__main__":
-    runs = [Path(a) for a in sys.argv[1:]]
+    runs = [Path(a) for a in sys.argv[1:] if not a.startswith("-")]
     if odd := [r for r in runs if not (r / "metrics.jsonl").is_file() or not read_metrics(r)[1]]:
-        sys.exit(f"error: {odd[0]}: holds no run with a dev evaluation")
+        sys.exit(f"error: {odd[0]}: holds no run with a dev evaluation" + "".join(f"; {w} does" for w in sorted(odd[0].glob("*-w"))))
     sys.exit(print(compare(runs)) if runs else "usage: report.py RUN [RUN …], of one task")

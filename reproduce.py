@@ -310,7 +310,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where everything is kept while it runs [runs/reproduce, or runs/quick]")
     parser.add_argument("--results", type=Path, help="where the ledger and the figures go [results, or runs/quick]")
     parser.add_argument("--tasks", default=",".join(TASKS), help="[%(default)s]")
-    parser.add_argument("--seeds", type=int, default=3, help="[%(default)s]")
+    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 [%(default)s]")
     parser.add_argument("--model", help="another start: a folder or a hub name")
     parser.add_argument("--data", default="", help="folder with banking77/, pupa/ and hotpotqa/, as `make data` leaves them; empty: the miniature")
     parser.add_argument("--jobs", type=int, default=1 if torch.cuda.is_available() else os.cpu_count() or 1, help="at a time [%(default)s]")

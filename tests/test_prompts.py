@@ -354,6 +354,8 @@ def test_stages_go_on_where_they_were_stopped(tokenizer, tmp_path):
     assert [m["digest"] for m in read_metrics(tmp_path / "whole" / "4-w")[0]] == [m["digest"] for m in read_metrics(tmp_path / "parts" / "4-w")[0]]
     first, third = (read_metrics(tmp_path / "whole" / f)[0] for f in ("2-w", "4-w"))
     assert first[0]["digest"] != third[0]["digest"]                 # the second round draws anew
+    for before, after in zip(whole["stages"], whole["stages"][1:]):
+        assert after["dev"][0] == max(before["dev"]), (before, after)       # and is scored with the same random numbers
 
 
 def test_a_second_training_with_lora_starts_from_the_merged_first(tokenizer, tmp_path):
@@ -410,4 +412,8 @@ def test_the_command_line_searches_prompts_and_then_trains(tmp_path, capsys, mon
         assert cli.main(["train", *options, "--strategy", "p -> w", "--out", "runs/banking77", *changed]) == 2
         assert f"begun with {changed[0]}" in capsys.readouterr().err and (tmp_path / "runs/banking77/config.json").read_text() == before
     assert cli.main(["replay", "runs/banking77/2-w", "1"]) == 0 and "token for token those" in capsys.readouterr().out
+    assert cli.main(["replay", "runs/banking77", "1"]) == 2 and "runs/banking77/2-w does" in capsys.readouterr().err
+    score = ["eval", "--task", "banking77", "--model", "runs/banking77/2-w/best", "--eval-examples", "4"]
+    assert cli.main(score) == 0 and "was trained with --prompts" in capsys.readouterr().err
+    assert cli.main([*score, "--prompts", "runs/banking77/1-p/prompts.json"]) == 0 and "note:" not in capsys.readouterr().err
     assert cli.main(["train", *options, "--strategy", "x"]) == 2 and not (tmp_path / "runs/banking77-2").exists()

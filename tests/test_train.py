@@ -262,7 +262,8 @@ def test_a_bug_in_a_program_is_told_with_its_traceback(run, tmp_path):
     assert cli.main(["eval", "--task", str(tmp_path / "echo.py"), "--model", str(tmp_path / "model")]) == 2
 
 
-@pytest.mark.parametrize("argv", [[], ["fly"], ["train", "file"], ["group"], ["train", "--nonsense", "1"], ["train", "--lr", "fast"]])
+@pytest.mark.parametrize("argv", [[], ["fly"], ["train", "file"], ["group"], ["train", "--nonsense", "1"], ["train", "--lr", "fast"],
+                                  ["prompts", "--strategy", "p -> w"]])
 def test_a_wrong_command_line_is_refused(argv, capsys):
     with pytest.raises(SystemExit) as e:
         cli.main(argv)
