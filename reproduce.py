@@ -220,18 +220,20 @@ def ledger(study: Study, command: str, commit: str, spent: float) -> str:
              "" if a == "w" else signed(diff(study.score("hover", a), study.score("hover", "w"))), f"{study.cost('hover', a)['seconds']:.0f}"]
             for a, label in names.items()])]
     parts += ["## How much prompts matter to the start\n", "Dev scores, sampled, of the untrained LM when one instruction or one set of demonstrations "
-              "is exchanged (candidates of seed 0), all else as it was; a score has the standard error in brackets.\n"]
+              "is exchanged (candidates of seed 0), all else as it was; a score has the standard error in brackets. On the right the same, greedily.\n"]
     rows = []
     for t in tasks:
-        read = lambda name: json.loads((study.out / f"{t}-spread" / f"{name}.score").read_text())["sampled"]
+        read = lambda name, how="sampled": json.loads((study.out / f"{t}-spread" / f"{name}.score").read_text())[how]
         found = list(study.candidates(t))
         for module in dict.fromkeys(n.split("-")[0] for n in found if n != "start"):
             for kind in ("instructions", "demos"):
-                values = [read(n)["score"] for n in found if n.startswith(f"{module}-{kind}-")]
+                values, greedy = ([read(n, how)["score"] for n in found if n.startswith(f"{module}-{kind}-")] for how in ("sampled", "greedy"))
                 if values:
                     rows.append([t, module, kind, f"{read('start')['score']:.3f} ({read('start')['stderr']:.3f})", str(len(values)),
-                                 f"{min(values):.3f}", f"{np.median(values):.3f}", f"{max(values):.3f}"])
-    parts.append(table(["task", "module", "exchanged", "start", "candidates", "lowest", "median", "highest"], rows))
+                                 *(f"{f(values):.3f}" for f in (min, np.median, max)), f"{read('start', 'greedy')['score']:.3f}",
+                                 *(f"{f(greedy):.3f}" for f in (min, np.median, max))])
+    parts.append(table(["task", "module", "exchanged", "start", "candidates", "lowest", "median", "highest", "greedy: start", "lowest", "median",
+                        "highest"], rows))
     return "\n".join(parts)
 
 
