@@ -23,7 +23,7 @@ reproduce: .venv/ready
 data: .venv/ready
 	$(PY) tasks/data.py $(or $(DATA),data)
 
-# Rebuild the tiny LM in tasks/tiny from nothing (about 40 minutes on two cores).
+# Rebuild the tiny LM in tasks/tiny from nothing (about 35 minutes on two cores).
 pretrain: .venv/ready
 	$(PY) tasks/pretrain.py $(ARGS)
 

@@ -69,7 +69,7 @@ def test_the_ledger_has_means_and_paired_differences(monkeypatch, commands, caps
     assert row(text, "hover", "prompts")[3:] == ["10", "100", "1"] and row(text, "hover", "prompts, then weights")[3:] == ["20", "200", "2"]
     assert row(text, "hover", "weights")[2] == "60.2 / 71.0" and row(text, "mean", "prompts, then weights")[2] == "73.4"
     assert row(text, "fill (the paper)")[2] == "-0.080 ± 0.000"
-    assert row(text, "papillon", "m", "instructions") == ["0.200 (0.020)", "1", "0.200", "0.200", "0.200"]
+    assert row(text, "papillon", "m", "instructions") == ["0.200 (0.020)", "1", *["0.200"] * 3, *["1.200"] * 4]
     assert "prompts above vanilla; weights above vanilla; prompts, then weights above prompts; prompts, then weights above weights" in text
     assert all((Path("results") / f).stat().st_size for f in ("arms.png", "rollouts.png", "ablations.png"))
 
