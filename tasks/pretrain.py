@@ -1,9 +1,9 @@
 """The tiny LM, from nothing: `make pretrain` writes its text, trains its tokenizer and its weights, and saves it.
 
 The text is scripted runs of the three tasks' own programs in the half of the world that the tasks never use. A script
-answers each call well or badly; how often well depends on the module's instruction and on the demos in its prompt, so
-that the LM comes to follow the format, to react to prompts, and to be mediocre at the tasks. What it then gains by
-training on rewards was not in its text.
+answers each call well or badly; how often well depends on the module's instruction or, if there are any, the demos in its
+prompt, so that the LM comes to follow the format, to react to prompts, and to be mediocre at the tasks. Training on rewards
+then first of all brings out the good answers.
 """
 import argparse
 import asyncio
@@ -36,8 +36,8 @@ NAME = re.compile(r"\b[A-Z][a-z]{4} [A-Z][a-z]{4}\b")
 
 
 def reason(rng, good: bool, sure: tuple[str, ...], *about: str) -> str:
-    """The reasoning before an answer; in 95% of the calls its tone tells how good the answer is. So an LM that takes its tone
-    from the instruction, or from demos, answers as well as they ask for."""
+    """The reasoning before an answer; in 95% of the calls its tone tells how good the answer was meant to be. So an LM that takes
+    its tone from the instruction, or from demos, answers as well as they ask for."""
     if good == (rng.random() < 0.95):
         return rng.choice(sure).format(*about)
     return rng.choice(("Perhaps {}.", "I guess {}.", "It may be {}.")).format(" and ".join(about))

@@ -20,7 +20,7 @@ words = lambda text: set(re.findall(r"[A-Za-z_]+", text))
 
 @pytest.fixture(scope="module")
 def pretraining_text():
-    """Prompts and completions of 300 small worlds' worth of scripted runs."""
+    """Prompts and completions of 60 small worlds' worth of scripted runs."""
     writer = pretrain.Writer(random.Random(5))
     return [text for _ in range(60) for messages, completions in writer.calls()
             for text in chain((m["content"] for m in messages), completions)]
