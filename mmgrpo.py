@@ -469,7 +469,7 @@ def step_gradient(model: Transformer, rows: list[Row], config: Config, vocabular
     what each contributes. `fresh`: the weights are still those that sampled; ParityError where the log-probs disagree."""
     parameters, tally = trainable(model), Tally(config, model.head.dtype, fresh)
     total, device = [torch.zeros_like(p, dtype=torch.float) for p in parameters], model.head.device
-    head = next((i for i, p in enumerate(parameters) if p is model.head and p.requires_grad), None)         # None: it is frozen
+    head = next((i for i, p in enumerate(parameters) if p is model.head), None)         # None: it is frozen
     for module in sorted({r.module for r in rows}):
         gradient = [torch.zeros_like(g) for g in total]
         trees = pack([r for r in rows if r.module == module], config.batch_tokens)

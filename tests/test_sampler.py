@@ -90,16 +90,20 @@ def test_decoding_in_the_shapes_of_cuda_graphs_equals_decoding_as_it_comes(model
 
 
 def test_free_slots_are_as_new_whatever_the_shape(model, abrupt, monkeypatch):
-    """Five live sequences decode in a shape of eight: nothing of the others moves, nor of those that end."""
+    """Five to seven live sequences decode in a shape of eight: nothing of the others moves, nor of those that end."""
     monkeypatch.setattr(G, "capture", lambda step: step)
-    sampler, done = G.Sampler(model, abrupt, slots=8, max_tokens=40), []
-    sampler.graphs, abrupt.end_ids = {}, frozenset(range(0, 2048, 15))
-    for i in range(5):
-        sampler.submit(chat("hello"), (i,))
-    while len(done) < 5:
-        done += sampler.advance()
-        for state in (sampler.count, sampler.limit, sampler.cache.lengths):
-            assert not state[len(sampler.live):].any()
+    rounded, abrupt.end_ids = 0, frozenset(range(0, 2048, 15))
+    for n in (5, 6, 7):
+        sampler, done = G.Sampler(model, abrupt, slots=8, max_tokens=40), []
+        sampler.graphs = {}
+        for i in range(n):
+            sampler.submit(chat("hello"), (n, i))
+        while len(done) < n:
+            done += sampler.advance()
+            rounded += len(sampler.live) in (3, 5, 6, 7)
+            for state in (sampler.count, sampler.limit, sampler.cache.lengths):
+                assert not state[len(sampler.live):].any()
+    assert rounded > 10                                     # the steps of which this was a test
 
 
 def scored(model, completions, temperature, tokenizer) -> tuple[list[float], list[float]]:
