@@ -99,7 +99,7 @@ def folder_of(config: Config) -> Path:
         raise InputError(f"--resume: there is no run of {config.task} in runs/")
     out = Path(config.out) if config.out else used[-1] if config.resume else next(p for p in numbered if p not in used)
     done = step_of(states(out)[-1]) if states(out) else -1
-    if done < 0 and (out / "metrics.jsonl").exists() and read_metrics(out)[0]:
+    if done < 0 and (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_bytes().count(b"\n") > 1:
         raise InputError(f"{out}: holds the metrics of a run whose states are gone; choose another --out")
     if done >= config.steps and (out / "result.json").exists():
         raise InputError(f"{out}: holds a run already, finished at step {done}; more --steps go on with it, another --out begins anew")
@@ -187,8 +187,8 @@ def run_replay(folder: str, step: str, config: Config) -> str:
 
 def run_eval(task: Task, config: Config) -> str:
     """Score a checkpoint on a split, sampled and greedily, with how the runs ended."""
-    if config.out and not Path(config.out).parent.is_dir():
-        raise InputError(f"--out {config.out}: its folder is not there")
+    if config.out and (Path(config.out).is_dir() or not Path(config.out).parent.is_dir()):
+        raise InputError(f"--out {config.out}: expected the name of a file, in a folder that is there")
     remind(config)
     model, tokenizer = load_model(config)
     examples, lines, results = split_of(task, config.split, config)[:config.eval_examples or None], [], {}

@@ -89,7 +89,9 @@ class Config:
             if f.name in choices and value not in choices[f.name]:
                 raise InputError(f"{flag}: {value!r} is none of {', '.join(choices[f.name])}")
             low = 1 if f.name in positive else -1 if f.name == "dev_seed" else -math.inf if f.name in ("failure_score", "format_failure_score", "demo_score") else 0
-            if f.type in ("int", "float") and not (low <= value and math.isfinite(value)):
-                raise InputError(f"{flag}: {value} is not a number of at least {low}")
+            if f.type in ("int", "float") and (not low <= value < 2**63 or value == -math.inf):        # NaN is in no range
+                raise InputError(f"{flag}: {value} is not a number of at least {low}" + " and below 2**63" * (value >= 2**63))
+            if f.name in ("interrupt", "top_p") and value > 1:
+                raise InputError(f"{flag}: {value} is above 1")
         if self.lora_dropout >= 1:
             raise InputError(f"--lora-dropout: {self.lora_dropout} is not below 1")

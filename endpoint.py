@@ -36,6 +36,10 @@ class Endpoint:
                  cache: str | Path | None = None, wait: float = 1.0, **options):
         if not url.startswith(("http://", "https://")):
             raise InputError(f"endpoint {url!r}: expected an address that begins with http:// or https://")
+        try:
+            httpx.URL(url)
+        except httpx.InvalidURL as e:
+            raise InputError(f"endpoint {url!r}: {e}") from None
         self.url, self.model, self.retries, self.wait = url.rstrip("/") + "/chat/completions", model, retries, wait
         self.options = {"temperature": 0.0, "max_tokens": 512} | options
         self.cache, self.free = cache and Path(cache), threading.BoundedSemaphore(concurrency)
@@ -93,6 +97,7 @@ class Endpoint:
                 if answer.status_code == 200:
                     text = answer.json()["choices"][0]["message"]["content"]
                     if isinstance(text, str):
+                        text.encode()                       # ValueError where half of a character is in it
                         return text
                     raise ValueError(f"content is {type(text).__name__}")
                 error = f"status {answer.status_code}: {hide(' '.join(answer.text.split()))[:200]}"

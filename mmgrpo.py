@@ -40,6 +40,7 @@ from checkpoint import load_state, save_state
 from config import Config
 from lora import WithoutLoRA, add_lora, lora_layers, save_adapter
 from model import KVCache, Tokenizer, Transformer, TreeAttention, save_pretrained, trainable
+from prompt_files import kept_options
 from program import Completion, InputError, ProgramError, Task, Trajectory, run_programs
 from report import Tally, measure, plot, statuses
 
@@ -540,7 +541,10 @@ def evaluate(model, tokenizer, task: Task, examples: list[dict], config: Config,
 
 
 def prepare(model: Transformer, config: Config) -> tuple[torch.optim.Optimizer, Transformer | None]:
-    """The optimizer, of fp32 masters (a small step must not be rounded away), and the frozen start where the loss has a KL."""
+    """Put LoRA on where the options ask for it -> the optimizer, of fp32 masters (a small step must not be rounded away), and the
+    frozen start where the loss has a KL."""
+    if config.lora_rank:
+        add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, tuple(config.lora_targets.split(",")), config.seed)
     masters = [p.detach().float().clone().requires_grad_() for p in trainable(model)]
     start = None if not config.beta else WithoutLoRA(model) if config.lora_rank else copy.deepcopy(model)
     return torch.optim.AdamW(masters, weight_decay=config.weight_decay), start
@@ -599,11 +603,9 @@ def train(task: Task, model: Transformer, tokenizer: Tokenizer, config: Config, 
     check_sampling(config)
     if lora_layers(model):
         raise InputError(f"--model {config.model}: is a LoRA adapter; merge it first (`merge ADAPTER OUT`), then train what came of it")
-    if config.lora_rank:
-        add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, tuple(config.lora_targets.split(",")), config.seed)
     save = partial(save_adapter, base=config.model) if config.lora_rank else save_pretrained
     optimizer, reference = prepare(model, config)               # before load_state: the reference is the start, always
-    options, dev = dataclasses.asdict(config), task.dev[:config.eval_examples or None]
+    options, dev = kept_options(config, task.program), task.dev[:config.eval_examples or None]
     start, scores = load_state(out, model, optimizer, options)
     log = (out / "metrics.jsonl").open("a" if scores else "w")
     bar = tqdm(range(start, config.steps), desc=config.task, unit="step", disable=None, initial=start, total=config.steps)

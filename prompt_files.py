@@ -4,6 +4,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import hashlib
 import inspect
 import json
 import os
@@ -17,11 +18,16 @@ def _fields(module: Module) -> tuple[Field, ...]:
     return module.signature.inputs + module.signature.outputs
 
 
-def write_json(path: str | Path, value) -> None:
-    """Whole, or not at all."""
+def write_whole(path: str | Path, text: str) -> None:
+    """All of it, or nothing: what was there before stays until then."""
     temporary = Path(f"{path}.new")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def write_json(path: str | Path, value) -> None:
+    """As `write_whole` does."""
+    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def prompts_of(program: Program) -> dict[str, dict]:
@@ -29,6 +35,12 @@ def prompts_of(program: Program) -> dict[str, dict]:
     return {name: {"instruction": m.instruction, "demos": m.demos,
                    "descriptions": {f.name: f.description for f in _fields(m) if f.description}}
             for name, m in program.modules().items()}
+
+
+def kept_options(config, program: Program) -> dict:
+    """The options that a run is kept with: a file of prompts with a digest of what it says."""
+    said = hashlib.blake2b(json.dumps(prompts_of(program)).encode(), digest_size=4).hexdigest()
+    return dataclasses.asdict(config) | {"prompts": config.prompts and f"{config.prompts} (which says {said})"}
 
 
 def set_prompts(program: Program, prompts: dict[str, dict]) -> None:
@@ -71,6 +83,7 @@ def load_prompts(program: Program, path: str | Path) -> None:
     LMs and traces). Raises InputError naming file, module and field, before anything is changed."""
     try:
         prompts = json.loads(Path(path).read_text(encoding="utf-8"))
+        json.dumps(prompts, ensure_ascii=False).encode()    # JSON can name halves of a character, which no text may hold
     except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"{path}: cannot be read as JSON ({e})") from None
     _need(isinstance(prompts, dict), str(path), f"expected an object with the modules {', '.join(program.modules())}")
@@ -87,6 +100,7 @@ def load_prompts(program: Program, path: str | Path) -> None:
         _need(isinstance(p.get("instruction"), str), where, "instruction: expected text")
         _need(isinstance(p.get("demos"), list) and all(isinstance(d, dict) for d in p["demos"]), where,
               "demos: expected a list of objects")
+        _need(all(d.keys() & set(names) for d in p["demos"]), where, f"demos: one has none of the fields {', '.join(names)}")
         told = p.setdefault("descriptions", {f.name: f.description for f in _fields(m)})
         _need(isinstance(told, dict) and told.keys() <= set(names) and all(isinstance(t, str) for t in told.values()), where,
               f"descriptions: expected texts of {', '.join(names)}")

@@ -14,6 +14,7 @@ import math
 import random
 import re
 import time
+from bisect import bisect_right
 from collections import Counter
 from pathlib import Path
 from typing import Callable
@@ -26,7 +27,7 @@ from lora import lora_layers, merged
 from mmgrpo import Config, Sampler, check_sampling, evaluate, play, train
 from model import save_pretrained
 from program import InputError, Module, Prediction, Program, Task, Trajectory, run_programs
-from prompt_files import difference, prompts_of, save_dspy, save_prompts, set_prompts, write_json
+from prompt_files import difference, kept_options, prompts_of, save_dspy, save_prompts, set_prompts, write_json
 from report import cost, read_lines
 from tokenizer import read_json
 
@@ -122,7 +123,7 @@ def propose(task: Task, demos: dict, config: Config, sampler) -> tuple[dict[str,
 def flaw(text: str, known: list[str]) -> str:
     """Why an instruction cannot be used; "" where it can."""
     return ("empty" if not text else "over-long" if len(text) > 2000 else "has tags" if re.search(r"</?\w+\s*/?>|<\|", text)
-            else "known" if text in known else "")
+            else "no text" if re.search("[\ud800-\udfff]", text) else "known" if text in known else "")
 
 
 # ----------------------------------------------------------------------------------------------------------- search
@@ -199,13 +200,25 @@ def given_instructions(task: Task, config: Config) -> dict[str, list[str]]:
     return given
 
 
+def check_candidates(kept: dict, program: Program) -> None:
+    """Raises LookupError, TypeError or AttributeError where it is not what `candidates` gave for this program."""
+    start, modules = kept["start"], kept["modules"]
+    demos = [*(p["demos"] for p in start.values()), *(d for m in modules.values() for d in m["demos"])]
+    texts = [*(p["instruction"] for p in start.values()), *(t for m in modules.values() for t in m["instructions"])]
+    if not (start.keys() == modules.keys() == program.modules().keys() and all(isinstance(t, str) for t in texts)
+            and all(isinstance(d, list) and all(isinstance(x, dict) for x in d) for d in demos)
+            and all(isinstance(p["descriptions"], dict) for p in start.values()) and isinstance(kept["dropped"], dict)
+            and [type(kept[key]) for key in ("good_runs", "rollouts", "tokens", "seconds")] == [int, int, int, float]):
+        raise TypeError
+
+
 def read_trials(path: Path, sizes: list[int]) -> list[dict]:
     """The trials so far. Raises InputError naming file and line; half a line at the end, of a search that was killed, is cut off."""
     trials = read_lines(path, cut=True)
     for i, t in enumerate(trials, 1):
         t = t if isinstance(t, dict) else {}
-        choice, score, n = t.get("choice"), t.get("score"), t.get("examples")
-        if not (isinstance(choice, list) and len(choice) == len(sizes) and all(type(k) is int and 0 <= k < n for k, n in zip(choice, sizes))
+        choice, score, n, counts = t.get("choice"), t.get("score"), t.get("examples"), (t.get("trial"), t.get("rollouts"), t.get("tokens"))
+        if not (t.get("trial") == i - 1 and all(type(k) is int for k in counts) and type(t.get("seconds")) is float and isinstance(choice, list) and len(choice) == len(sizes) and all(type(k) is int and 0 <= k < n for k, n in zip(choice, sizes))
                 and type(score) in (int, float) and math.isfinite(score) and type(n) is int and n > 0 and type(t.get("full")) is bool):
             raise InputError(f"{path}, line {i}: is no trial of this search")
     return trials
@@ -216,18 +229,19 @@ def search(task: Task, model, tokenizer, config: Config, out: Path, stop: Callab
     return the dev scores of what was scored on all of dev, the start first: the best is never below it. Candidates and trials are
     kept (candidates.json, trials.jsonl): a search that was killed goes on with the trial at hand and ends as if it had not been."""
     out.mkdir(parents=True, exist_ok=True)
-    options = dataclasses.asdict(config)
+    options = kept_options(config, task.program)
     if not (out / "candidates.json").exists():
         write_json(out / "candidates.json", {"config": options, "start": prompts_of(task.program)}
                    | candidates(task, model, tokenizer, config))
     kept = read_json(out / "candidates.json")
     try:
         same_options(out, kept["config"], options)
+        check_candidates(kept, task.program)
         places = [(name, kind) for name in kept["start"] for kind in ("instructions", "demos") if len(kept["modules"][name][kind]) > 1]
         print(f"{kept['good_runs']} of {kept['rollouts']} runs were good enough for demonstrations (--demo-score {config.demo_score})"
               + f"; proposals dropped: {kept['dropped']}" * bool(kept["dropped"]))
     except (LookupError, TypeError, AttributeError):
-        raise InputError(f"{out / 'candidates.json'}: is not as a search writes it") from None
+        raise InputError(f"{out / 'candidates.json'}: is not as a search of this program writes it") from None
     sizes = [len(kept["modules"][name][kind]) for name, kind in places]
     dev, trials = task.dev[:config.eval_examples or None], read_trials(out / "trials.jsonl", sizes)
 
@@ -285,10 +299,7 @@ def affordable(kind: str, task: Task, config: Config, budget: int) -> int:
     if rollouts(kind, 1, task, config) > budget:
         raise InputError(f"--budget {config.budget}: leaves {budget} rollouts for each stage; one {'step' if kind == 'w' else 'trial'} "
                          f"with its evaluations takes {rollouts(kind, 1, task, config)}")
-    n = 1
-    while rollouts(kind, n + 1, task, config) <= budget:
-        n += 1
-    return n
+    return bisect_right(range(budget), budget, lo=1, key=lambda n: rollouts(kind, n, task, config)) - 1        # one takes one at least
 
 
 def plan(task: Task, config: Config) -> list[tuple[str, Config]]:

@@ -125,11 +125,11 @@ class Tally:
 
 def read_lines(path: Path, cut: bool = False) -> list[dict]:
     """The values in a jsonl file, none if it is not there. Raises InputError naming file and line. `cut`: a last line that was not written to its end is cut off."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    if cut and not text.endswith("\n"):
-        text = text[:text.rfind("\n") + 1]
-        os.truncate(path, len(text.encode())) if path.exists() else None
-    lines = text.splitlines()
+    data = path.read_bytes() if path.exists() else b""
+    if cut and not data.endswith(b"\n"):
+        data = data[:data.rfind(b"\n") + 1]
+        os.truncate(path, len(data)) if path.exists() else None
+    lines = data.splitlines()
     for i, line in enumerate(lines):
         try:
             lines[i] = json.loads(line)
@@ -201,8 +201,17 @@ def compare(outs: list[Path]) -> str:
                      (header, ["---"] * len(header), *table, ("mean", *(interval(c) for c in columns))))
 
 
-if __name__ == "__main__":
-    runs = [Path(a) for a in sys.argv[1:] if not a.startswith("-")]
+def main(runs: list[Path]) -> str:
+    """What `report.py RUN …` prints. Raises InputError where a folder holds no run, or a damaged one."""
     if odd := [r for r in runs if not (r / "metrics.jsonl").is_file() or not read_metrics(r)[1]]:
-        sys.exit(f"error: {odd[0]}: holds no run with a dev evaluation" + "".join(f"; {w} does" for w in sorted(odd[0].glob("*-w"))))
-    sys.exit(print(compare(runs)) if runs else "usage: report.py RUN [RUN …], of one task")
+        raise InputError(f"{odd[0]}: holds no run with a dev evaluation" + "".join(f"; {w} does" for w in sorted(odd[0].glob("*-w"))))
+    return compare(runs)
+
+
+if __name__ == "__main__":
+    if not sys.argv[1:] or sys.argv[1].startswith("-"):
+        sys.exit("usage: report.py RUN [RUN …], of one task")
+    try:
+        print(main([Path(a) for a in sys.argv[1:]]))
+    except (InputError, OSError) as e:
+        sys.exit(f"error: {e}")

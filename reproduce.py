@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import platform
 import shutil
@@ -30,7 +29,7 @@ from checkpoint import same_options
 from cli import load_model, load_task
 from mmgrpo import play
 from program import InputError
-from prompt_files import write_json
+from prompt_files import write_json, write_whole
 from prompts import affordable, rollouts
 from report import half_width, interval, read_lines
 from tokenizer import CheckpointError, read_json
@@ -134,7 +133,7 @@ class Study:
 
     def candidates(self, task: str) -> dict[str, dict]:
         """Each instruction and each demo set of the first seed's search, the rest as it was -> the prompts."""
-        kept = json.loads((self.folder(task, 0, "pw") / "1-p/candidates.json").read_text())
+        kept = read_json(self.folder(task, 0, "pw") / "1-p/candidates.json")
         found = {"start": kept["start"]}
         for module, places in kept["modules"].items():
             for kind, key in (("instructions", "instruction"), ("demos", "demos")):
@@ -160,13 +159,13 @@ class Study:
 
     def score(self, task: str, arm: str, how: str = "sampled") -> list[float]:
         """Test scores, one a seed."""
-        return [json.loads((self.out / f"{task}-{s}" / f"test-{arm}.json").read_text())[how]["score"] for s in self.seeds]
+        return [read_json(self.out / f"{task}-{s}" / f"test-{arm}.json")[how]["score"] for s in self.seeds]
 
     def cost(self, task: str, arm: str) -> dict:
         """Mean rollouts, sampled tokens and seconds of an arm."""
         if arm == "vanilla":
             return {"rollouts": 0, "tokens": 0, "seconds": 0.0}
-        told = [json.loads((self.folder(task, s, "pw" if arm == "p" else arm) / "result.json").read_text())["stages"] for s in self.seeds]
+        told = [read_json(self.folder(task, s, "pw" if arm == "p" else arm) / "result.json")["stages"] for s in self.seeds]
         told = [stages[:1] if arm == "p" else stages for stages in told]
         return {k: np.mean([sum(stage[k] for stage in stages) for stages in told]) for k in ("rollouts", "tokens", "seconds")}
 
@@ -223,7 +222,7 @@ def ledger(study: Study, command: str, commit: str, spent: float) -> str:
               "is exchanged (candidates of seed 0), all else as it was; a score has the standard error in brackets. On the right the same, greedily.\n"]
     rows = []
     for t in tasks:
-        read = lambda name, how="sampled": json.loads((study.out / f"{t}-spread" / f"{name}.score").read_text())[how]
+        read = lambda name, how="sampled": read_json(study.out / f"{t}-spread" / f"{name}.score")[how]
         found = list(study.candidates(t))
         for module in dict.fromkeys(n.split("-")[0] for n in found if n != "start"):
             for kind in ("instructions", "demos"):
@@ -235,6 +234,15 @@ def ledger(study: Study, command: str, commit: str, spent: float) -> str:
     parts.append(table(["task", "module", "exchanged", "start", "candidates", "lowest", "median", "highest", "greedy: start", "lowest", "median",
                         "highest"], rows))
     return "\n".join(parts)
+
+
+def analysis(path: Path) -> str:
+    """What stands in a ledger from the line "## Analysis" on. Raises InputError where it is no text."""
+    try:
+        _, heading, rest = path.read_text(encoding="utf-8").partition("\n## Analysis")
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path}: cannot be read as text ({e})") from None
+    return heading + rest
 
 
 def verdict(mean) -> str:
@@ -253,7 +261,7 @@ def curve(study: Study, task: str, seed: int, arm: str) -> list[tuple[float, flo
     folders = [study.folder(task, seed, "pw") / "1-p", study.folder(task, seed, "pw") / "2-w"] if arm == "pw" else [study.folder(task, seed, arm)]
     for folder in folders:
         if (folder / "candidates.json").exists():
-            used += json.loads((folder / "candidates.json").read_text())["rollouts"]
+            used += read_json(folder / "candidates.json")["rollouts"]
         for line in read_lines(folder / "trials.jsonl") + read_lines(folder / "metrics.jsonl"):
             used += sum(sum(m["statuses"].values()) for m in (line["dev"].values() if "dev" in line else [line]))
             score = line["dev"]["sampled"]["score"] if "dev" in line else line["score"] if line.get("full") else None
@@ -321,8 +329,8 @@ def main() -> None:
     began, tasks = time.time(), args.tasks.split(",")
     args.out = args.out or Path("runs/quick" if args.quick else "runs/reproduce")
     args.results = args.results or (args.out if args.quick else Path("results"))
-    if odd := set(tasks) - set(TASKS):
-        raise InputError(f"--tasks: {min(odd)!r} is none of {', '.join(TASKS)}")
+    if odd := [t for i, t in enumerate(tasks) if t not in TASKS or t in tasks[:i]]:
+        raise InputError(f"--tasks: {odd[0]!r} is none of {', '.join(TASKS)}, or there twice")
     if args.seeds < 1 or args.jobs < 1:
         raise InputError("--seeds and --jobs: expected at least 1")
     options = ({"model": args.model} if args.model else {}) | (QUICK if args.quick else {})
@@ -331,9 +339,16 @@ def main() -> None:
              + " with changes" * bool(git("status", "--porcelain", "--untracked-files=no")), "seconds": 0.0}
     if (args.out / "study.json").exists():
         before = read_json(args.out / "study.json")
-        same_options(args.out, before.get("options", {}), {**before.get("options", {}), **study.given})
-        begun |= {"commit": before.get("commit", "unknown"), "seconds": before.get("seconds", 0.0)}
-    args.out.mkdir(parents=True, exist_ok=True)
+        if [type(before.get(key)) for key in begun] != [dict, str, float]:
+            raise InputError(f"{args.out / 'study.json'}: is not as a study writes it")
+        same_options(args.out, before["options"], {**before["options"], **study.given})
+        begun |= {"commit": before["commit"], "seconds": before["seconds"]}
+    path, kept = args.results / "LEDGER.md", ""
+    with contextlib.suppress(FileNotFoundError):
+        kept = analysis(path)
+    for folder in (args.out, args.results):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_json(args.out / "study.json", begun)              # also where it is killed
     print(f"{len(study.trainings())} trainings and more, {args.jobs} at a time: {study.estimate(args.jobs)}", flush=True)
     try:
         for what in ("trainings", "longer", "evaluations"):
@@ -341,12 +356,8 @@ def main() -> None:
     finally:
         begun["seconds"] += time.time() - began
         write_json(args.out / "study.json", begun)
-    args.results.mkdir(parents=True, exist_ok=True)
-    path, kept = args.results / "LEDGER.md", ""
-    if path.exists() and "\n## Analysis" in path.read_text(encoding="utf-8"):
-        kept = path.read_text(encoding="utf-8").split("\n## Analysis", 1)[1]
     text = ledger(study, " ".join(["python", "reproduce.py", *sys.argv[1:]]), begun["commit"], begun["seconds"])
-    path.write_text(text + ("\n## Analysis" + kept if kept else ""), encoding="utf-8")
+    write_whole(path, text + kept)
     figures(study, args.results)
     print(text)
     print(f"written to {args.results}")

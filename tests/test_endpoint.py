@@ -2,6 +2,7 @@
 import gzip
 import http.server
 import json
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -59,7 +60,7 @@ def test_a_request_says_model_messages_and_options(serve, monkeypatch):
 
 
 FAULTS = [(429, {"Retry-After": "0"}, "slow down"), (500, {}, ""), (503, {}, "<html>"), (200, {}, "no json"), (200, {}, {"choices": []}),
-          (200, {}, [1]), (200, {}, {"choices": [{"message": {"content": None}}]})]
+          (200, {}, [1]), (200, {}, {"choices": [{"message": {"content": None}}]}), said("half \ud83d")]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=range(len(FAULTS)))
@@ -154,6 +155,7 @@ def test_predict_renders_a_signature_and_reads_the_fields(serve):
         ask.predict(Signature("question -> sure: bool"), question="And now?")
 
 
-def test_an_address_without_a_scheme_is_refused():
-    with pytest.raises(InputError, match="localhost:8000/v1"):
-        Endpoint("localhost:8000/v1", "m")
+@pytest.mark.parametrize("address", ["localhost:8000/v1", "http://[::1 m", "http://a:b/"])
+def test_an_address_that_is_none_is_refused(address):
+    with pytest.raises(InputError, match=re.escape(repr(address))):
+        Endpoint(address, "m")

@@ -47,10 +47,9 @@ def test_off_or_new_the_logits_are_those_of_the_base_bit_for_bit(dtype):
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_the_base_never_moves_and_the_adapters_are_fp32(tokenizer, dtype, beta):
     config, model = dataclasses.replace(LORA, dtype=dtype, beta=beta), make_model(vocab_size=tokenizer.size).to(getattr(torch, dtype))
-    add_lora(model, 4, 8.0)
+    optimizer, reference = G.prepare(model, config)
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
     before = [p.clone() for p in M.trainable(model)]
-    optimizer, reference = G.prepare(model, config)
     steps = [G.train_step(model, tokenizer, optimizer, reference, TASK, config, i) for i in range(3)]
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen) and len(frozen) > 10
     assert all(p.dtype == torch.float32 and not torch.equal(p, b) for p, b in zip(M.trainable(model), before))
@@ -94,7 +93,6 @@ def test_dropout_acts_in_the_update_alone_and_follows_the_seed(tokenizer):
     config = dataclasses.replace(LORA, lora_dropout=0.5)
     def run(config):
         model = make_model(vocab_size=tokenizer.size)
-        add_lora(model, 4, 8.0, config.lora_dropout)
         optimizer, _ = G.prepare(model, config)
         task = dataclasses.replace(TASK, metric=lambda example, prediction, count=itertools.count(): next(count) % 3)
         metrics = [G.train_step(model, tokenizer, optimizer, None, task, config, i) for i in range(2)]

@@ -62,10 +62,12 @@ def edited(edit) -> str:
     (lambda s, p, g: s.update({"steps[0]": 3}), r"steps\[0\]: expected an object"),
     (lambda s, p, g: p.pop("signature"), r"steps\[0\]: signature"),
     (lambda s, p, g: p.update(demos=["d"]), r"steps\[0\]: demos"),
+    (lambda s, p, g: p.update(demos=[{"aa": "x"}]), r"steps\[0\]: demos: one has none of the fields a, b"),
+    (lambda s, p, g: g.update(instructions="Half \ud83d."), "cannot be read"),
     (lambda s, p, g: g.update(instructions=None), r"steps\[0\]: signature: instructions"),
     (lambda s, p, g: g["fields"].pop(), r"steps\[0\]: signature: 1 fields; expected a, b"),
     (lambda s, p, g: g["fields"][1].update(description=1), r"steps\[0\]: field b: description"),
-    (lambda s, p, g: g["fields"].reverse(), r"steps\[0\]: field a: is \$\{b\} there")], ids=range(9))
+    (lambda s, p, g: g["fields"].reverse(), r"steps\[0\]: field a: is \$\{b\} there")], ids=range(11))
 def test_a_state_of_another_program_is_refused_and_changes_nothing(tmp_path, edit, culprit):
     (tmp_path / "s.json").write_text(edited(edit))
     program = Nested()

@@ -138,7 +138,7 @@ def test_proposals_are_asked_for_per_module_and_the_useless_ones_dropped_and_cou
 
 @pytest.mark.parametrize("text, culprit", [("[", "cannot be read"), ("[]", "expected a JSON object"), ('{"no": []}', "no: no such module"),
                                            ('{"ask": "Ask."}', "ask: expected a list"), ('{"ask": ["", "b"]}', "ask: expected"),
-                                           ('{"ask": ["a <y> b"]}', "ask: expected")])
+                                           ('{"ask": ["a <y> b"]}', "ask: expected"), ('{"ask": ["Half \\ud83d."]}', "ask: expected")])
 def test_a_list_of_instructions_that_cannot_be_used_is_refused(tmp_path, text, culprit):
     (tmp_path / "i.json").write_text(text)
     with pytest.raises((InputError, CheckpointError), match=f"i.json: .*{culprit}"):
@@ -149,22 +149,60 @@ def test_a_list_of_instructions_that_cannot_be_used_is_refused(tmp_path, text, c
         P.given_instructions(dataclasses.replace(make_task(), instructions={"ask": "Ask."}), CONFIG)
 
 
-@pytest.mark.parametrize("line, culprit", [("{", "line 2: is no JSON"), ("3", "line 2: is no trial"), ('{"choice": [9, 0, 0], "score": 1, "full": true, "examples": 4}', "line 2"),
-                                           ('{"choice": [0], "score": 1, "full": true, "examples": 4}', "line 2"),
-                                           ('{"choice": [0, 0, 0], "score": NaN, "full": true, "examples": 4}', "line 2")])
+TRIAL = {"trial": 1, "choice": [0, 1, 0], "score": 0.5, "full": True, "examples": 4, "rollouts": 4, "tokens": 9, "seconds": 0.5}
+
+
+@pytest.mark.parametrize("line, culprit", [(b"{", "is no JSON"), (b"\xff\xfe", "is no JSON"), (b"3", "is no trial"), *(
+    (json.dumps(TRIAL | wrong).encode(), "is no trial") for wrong in (
+        {"choice": [9, 0, 0]}, {"choice": [0]}, {"score": float("nan")}, {"trial": 2}, {"seconds": None}, {"rollouts": "4"}, {"tokens": 0.5}))])
 def test_trials_that_are_none_are_refused_by_line(tmp_path, line, culprit):
-    good = json.dumps({"choice": [0, 1, 0], "score": 0.5, "full": True, "examples": 4})
-    (tmp_path / "trials.jsonl").write_text(f"{good}\n{line}\n{good}\n")
-    with pytest.raises(InputError, match=f"trials.jsonl, {culprit}"):
-        P.read_trials(tmp_path / "trials.jsonl", [3, 2, 2])
+    first, path = json.dumps(TRIAL | {"trial": 0}).encode(), tmp_path / "trials.jsonl"
+    path.write_bytes(b"%s\n%s\n" % (first, json.dumps(TRIAL).encode()))
+    assert len(P.read_trials(path, [3, 2, 2])) == 2
+    path.write_bytes(b"%s\n%s\n%s\n" % (first, line, first))
+    with pytest.raises(InputError, match=f"trials.jsonl, line 2: {culprit}"):
+        P.read_trials(path, [3, 2, 2])
 
 
 @pytest.mark.parametrize("text", ["{}", '{"config": {}, "start": {"ask": {}}, "modules": {}, "good_runs": 1, "rollouts": 1, "dropped": {}}',
                                   '{"config": {}, "start": 3, "modules": [], "good_runs": 1, "rollouts": 1, "dropped": {}}'])
 def test_candidates_that_are_none_are_refused(scripted, tmp_path, text):
     (tmp_path / "candidates.json").write_text(text)
-    with pytest.raises(InputError, match="candidates.json: is not as a search writes it"):
+    with pytest.raises(InputError, match="candidates.json: is not as a search of this program writes it"):
         P.search(make_task(), None, None, CONFIG, tmp_path)
+
+
+@pytest.mark.parametrize("place, value", [("start", {}), ("start/ask/descriptions", None), ("start/ask/instruction", 5), ("modules/note/instructions", ["", 5]),
+                                          ("modules/note/demos", [[], "x"]), ("modules/note/demos", [[], ["x"]]), ("seconds", "1"), ("dropped", 3)])
+def test_candidates_that_were_changed_are_refused(scripted, tmp_path, place, value):
+    P.search(make_task(), None, None, CONFIG, tmp_path)
+    kept = json.loads((tmp_path / "candidates.json").read_text())
+    *outer, last = place.split("/")
+    inner = kept
+    for key in outer:
+        inner = inner[key]
+    inner[last] = value
+    (tmp_path / "candidates.json").write_text(json.dumps(kept))
+    with pytest.raises(InputError, match="candidates.json: is not as a search of this program writes it"):
+        P.search(make_task(), None, None, CONFIG, tmp_path)
+
+
+def test_candidates_of_another_program_are_refused(scripted, tmp_path):
+    P.search(make_task(), None, None, CONFIG, tmp_path)
+    task = make_task()
+    task.program.more = Module("x -> y", "More.")
+    with pytest.raises(InputError, match="candidates.json: is not as a search of this program writes it"):
+        P.search(task, None, None, CONFIG, tmp_path)
+
+
+def test_a_file_of_prompts_that_changed_is_another_option(scripted, tmp_path):
+    task, config = make_task(), dataclasses.replace(CONFIG, prompts=str(tmp_path / "given.json"))
+    P.search(task, None, None, config, tmp_path, stop=lambda: True)
+    P.search(make_task(), None, None, config, tmp_path)
+    task = make_task()
+    task.program.ask.instruction = "Ask again."
+    with pytest.raises(InputError, match=r"begun with --prompts \S*given.json \(which says \w+\), not \S*given.json \(which says"):
+        P.search(task, None, None, config, tmp_path)
 
 
 def test_a_program_runs_on_an_endpoint_as_on_a_sampler():
@@ -339,6 +377,7 @@ def test_all_rollouts_are_counted_and_within_the_budget(model, tokenizer, tmp_pa
         assert taken <= P.rollouts(kind, n, PAIR, config) <= 30 < P.rollouts(kind, n + 1, PAIR, config)
     with pytest.raises(InputError, match="--budget 60"):
         P.affordable("w", PAIR, config, 5)
+    assert P.affordable("w", PAIR, config, 10**15) > 10**14                 # at once
 
 
 def test_stages_go_on_where_they_were_stopped(tokenizer, tmp_path):

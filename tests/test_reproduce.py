@@ -1,5 +1,7 @@
 """`make reproduce`: which commands it gives, in what order, and what the ledger makes of what they leave."""
+import contextlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import pytest
 
 import reproduce as R
 from program import InputError
+from tokenizer import CheckpointError
 
 GAIN = {"vanilla": 0.3, "p": 0.4, "w": 0.5, "pw": 0.6, "w-equal": 0.55, "truncate": 0.41, "fill": 0.42, "k-diverse": 0.43, "trajectory": 0.44,
         "no-std": 0.45}
@@ -102,6 +105,8 @@ def test_a_command_that_fails_ends_it_with_its_last_words(monkeypatch, commands,
         reproduce(monkeypatch, "--seeds", "1")
     with pytest.raises(InputError, match="--tasks: 'chess'"):
         reproduce(monkeypatch, "--tasks", "chess")
+    with pytest.raises(InputError, match="--tasks: 'hover'.* twice"):
+        reproduce(monkeypatch, "--tasks", "hover,papillon,hover")
 
 
 def test_a_study_goes_on_with_its_own_options_alone(monkeypatch, commands):
@@ -115,6 +120,27 @@ def test_a_study_goes_on_with_its_own_options_alone(monkeypatch, commands):
     Path("runs/reproduce/banking77-1").mkdir()
     (Path("runs/reproduce/banking77-1") / "w-equal.new").mkdir()                    # a copy that was cut short
     assert "seeds 0 to 1" in reproduce(monkeypatch, "--seeds", "2", "--tasks", "banking77")
+
+
+def test_a_study_that_was_killed_goes_on_with_its_own_options_alone(monkeypatch, commands):
+    if not (child := os.fork()):
+        with contextlib.suppress(BaseException):
+            R.run_all = lambda *_: os._exit(9)
+            reproduce(monkeypatch, "--seeds", "1", "--tasks", "banking77")
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    with pytest.raises(InputError, match="was begun with"):
+        reproduce(monkeypatch, "--seeds", "1", "--tasks", "banking77", "--model", "other/model")
+
+
+@pytest.mark.parametrize("file, text", [("runs/reproduce/study.json", b'{"options": 3}'), ("runs/reproduce/banking77-0/test-p.json", b'{"samp'),
+                                        ("results/LEDGER.md", b"\xff"), ("runs/reproduce/banking77-0/w/result.json", b"")])
+def test_a_damaged_file_is_named_and_the_ledger_stays(monkeypatch, commands, file, text):
+    before, made = reproduce(monkeypatch, "--seeds", "1", "--tasks", "banking77"), len(commands)
+    Path(file).write_bytes(text)
+    with pytest.raises((InputError, CheckpointError), match=file):
+        reproduce(monkeypatch, "--seeds", "1", "--tasks", "banking77")
+    assert len(commands) == made and (Path("results/LEDGER.md").read_bytes() == text or Path("results/LEDGER.md").read_text() == before)
 
 
 def test_longer_training_takes_as_many_rollouts_as_prompts_and_weights_together():

@@ -3,7 +3,10 @@ import dataclasses
 import json
 import math
 import random
+import subprocess
+import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -244,7 +247,8 @@ def test_eval_and_show_print_scores_and_a_trace(run):
     (["--model", "nowhere"], "nowhere: no such checkpoint folder"), (["--rollouts", "0"], "--rollouts: 0"), (["--lr", "nan"], "--lr: nan"),
     (["--short-groups", "drop"], "--short-groups: 'drop'"), (["--temperature", "0"], "--temperature"), (["--top-k", "5"], "--top-k"),
     (["--top-p", "0.9"], "--top-p"), (["--prompts", "nowhere.json"], "nowhere.json"), (["--dtype", "int8"], "--dtype"),
-    (["--data", "nowhere", "--task", "hover"], "nowhere")])
+    (["--data", "nowhere", "--task", "hover"], "nowhere"), (["--seed", "9" * 400], "--seed"), (["--interrupt", "7"], "--interrupt: 7.0 is above 1"),
+    (["--lr=-inf"], "--lr"), (["--demo-score=-inf"], "--demo-score")])
 def test_a_wrong_option_is_refused_by_name(run, flags, culprit):
     code, _, error, folder = run("train", *flags)
     assert code == 2 and error.startswith("error: ") and culprit in error and not (folder / "metrics.jsonl").exists()
@@ -378,6 +382,14 @@ def test_every_step_of_a_finished_run_can_be_replayed(run):
     assert cli.main(["replay", str(folder), "4"]) == 2 and "the run has steps 1 to 3 of" in run.capture()[1]
 
 
+def test_a_step_of_a_run_with_lora_is_replayed_with_its_adapters(tmp_path, capsys):
+    few = [f"--{k}={v}" for k, v in {"steps": 3, "examples": 4, "rollouts": 4, "eval-examples": 4, "warmup": 0, "lr": 0.05}.items()]
+    assert cli.main(["train", "--task", "banking77", "--lora-rank", "4", *few, "--out", str(tmp_path / "run")]) == 0
+    for step in (1, 3):
+        capsys.readouterr()
+        assert cli.main(["replay", str(tmp_path / "run"), str(step)]) == 0 and "token for token" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("fault", ["position", "temperature", "stale", "nan"])
 def test_a_fault_in_sampler_or_trainer_trips_the_parity_gate(model, tokenizer, monkeypatch, noisy, fault):
     if fault == "position":
@@ -470,6 +482,29 @@ def test_a_refused_run_leaves_the_options_of_the_first(run):
     assert code == 2 and "was begun with --seed 0, not 7" in error and (folder / "config.json").read_text() == before
     code, out, _, _ = run("train", "--steps", "2")              # more steps go on
     assert code == 0 and "(2 steps, " in out and json.loads((folder / "config.json").read_text())["steps"] == 2
+
+
+@pytest.mark.parametrize("metrics, goes_on", [('{"step": 0, "dev": {"sam', True), ('{"step": 0, "dev": {}}\n{"step": 1, "reward": 0.5}\n', False)])
+def test_a_folder_without_states_is_begun_anew_where_nothing_is_lost(run, metrics, goes_on):
+    _, _, _, folder = run("eval")
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text(metrics)
+    code, _, error, _ = run("train", "--steps", "0")
+    assert (code == 0) == goes_on and ("whose states are gone" in error) != goes_on
+
+
+def test_scores_are_not_lost_on_a_name_that_no_file_can_have(run, tmp_path):
+    code, out, error, _ = run("eval", "--out", str(tmp_path))
+    assert code == 2 and "--out" in error and not out and not Path(f"{tmp_path}.new").exists()
+
+
+def test_report_names_a_damaged_file(run):
+    _, _, _, folder = run("train", "--steps", "1")
+    table = lambda: subprocess.run([sys.executable, ROOT / "report.py", folder], capture_output=True, text=True)
+    assert table().stdout.count("|") > 20
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "rew')
+    assert table().returncode == 1 and table().stderr.startswith("error: ") and "metrics.jsonl, line 4: is no JSON" in table().stderr
 
 
 def test_two_processes_do_not_train_in_one_folder(run):
