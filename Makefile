@@ -17,7 +17,7 @@ eval show: .venv/ready
 
 # The paper's comparison: prompts, weights, both, on three programs; into results/LEDGER.md. It goes on where it was stopped.
 reproduce: .venv/ready
-	$(PY) reproduce.py $(call option,MODEL,model) $(call option,DATA,data) $(call option,OUT,out) $(if $(QUICK),--quick) $(ARGS)
+	$(PY) reproduce.py $(call option,MODEL,model) $(call option,DATA,data) $(call option,SEEDS,seeds) $(call option,OUT,out) $(if $(QUICK),--quick) $(ARGS)
 
 # Download the published data sets into DATA (data/), with sizes and checksums.
 data: .venv/ready
