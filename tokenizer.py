@@ -17,10 +17,12 @@ class CheckpointError(ValueError):
     """A checkpoint folder that cannot be used; the message names the file and the field, tensor or token."""
 
 
-def read_json(path: Path) -> dict:
-    """The JSON object in `path`. Raises CheckpointError where the file is missing or holds something else."""
+def read_json(path: Path, data: bytes | None = None) -> dict:
+    """The JSON object in `path`, or in `data` where the file's content is in memory. Raises CheckpointError where the file is
+    missing or holds something else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes() if data is None else data
+        value = json.loads(data.decode("utf-8"))
     except (OSError, ValueError, RecursionError) as e:
         raise CheckpointError(f"{path}: cannot be read as JSON ({e})") from None
     if not isinstance(value, dict):
@@ -36,10 +38,13 @@ class Tokenizer:
     FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
              "chat_template.jinja")
 
-    def __init__(self, folder: str | Path):
-        folder = Path(folder)
-        self.files = {n: (folder / n).read_bytes() for n in self.FILES if (folder / n).is_file()}   # written back on save
-        raw, config, *others = (read_json(folder / n) if n == self.FILES[0] or (folder / n).is_file() else {}
+    def __init__(self, folder: str | Path, files: dict[str, bytes] | None = None):
+        """`files` are the contents of the folder's files by name, where they are in memory and `folder` is but their name."""
+        folder, names = Path(folder), (*self.FILES, "config.json")
+        if files is None:
+            files = {n: (folder / n).read_bytes() for n in names if (folder / n).is_file()}
+        self.files = {n: files[n] for n in self.FILES if n in files}                        # written back on save
+        raw, config, *others = (read_json(folder / n, files.get(n)) if n == self.FILES[0] or n in files else {}
                                 for n in (*self.FILES[:3], "config.json"))
         try:
             self.tokenizer = tokenizers.Tokenizer.from_str(json.dumps(raw))

@@ -176,7 +176,7 @@ def survives(mutant) -> str:
     law, file, before, after, tests = mutant
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__", "*.egg-info", "results"))
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "models", "__pycache__", "*.egg-info", "results"))
         text = (copy / file).read_text(encoding="utf-8")
         if text.count(before) != 1:
             return f"{text.count(before)} places like {before!r} in {file}"

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, make_model
+from gguf_files import make
 
 import cli
 import model as M
@@ -22,7 +23,7 @@ from tasks import banking77, hover, papillon
 
 COUNT = int(os.environ.get("FUZZ", 100))
 KINDS = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors",
-         "prompts.json", "dspy.json", "questions.jsonl", "corpus.jsonl", "train.csv", "categories.json", "PUPA_New.csv", "hover_dev.json", "group.json")
+         "prompts.json", "dspy.json", "questions.jsonl", "corpus.jsonl", "train.csv", "categories.json", "PUPA_New.csv", "hover_dev.json", "group.json", "model.gguf")
 ODD = (None, True, -1, 0, 10**7, 2**40, 1e308, 0.5, "", "x", "<|im_end|>", "\x00é\U0001f642", [], {}, [[]], {"a": 1}, [None], "9" * 400)
 
 
@@ -55,6 +56,9 @@ def damage(rng: random.Random, path: Path) -> None:
         i = rng.randrange(len(lines))
         lines[i] = json.dumps(damage_json(rng, json.loads(lines[i])))
         path.write_text("\n".join(lines) + "\n")
+    elif path.suffix == ".gguf":                            # at what it says of itself, before the weights
+        data, head = path.read_bytes(), rng.choice((100, 2000, 20000))
+        path.write_bytes(damage_bytes(rng, data[:head]) + data[head:])
     else:
         path.write_bytes(damage_bytes(rng, path.read_bytes()))
 
@@ -76,13 +80,14 @@ def files(tmp_path_factory, tokenizer):
     save_prompts(hover.load().program, folder / "prompts.json")
     save_dspy(hover.load().program, folder / "dspy.json")
     shutil.copy(ROOT / "tests" / "conformance" / "excluded.json", folder / "group.json")
+    shutil.copy(make("smollm2", tmp_path_factory.mktemp("gguf"))[1], folder)
     return folder
 
 
 def read(folder: Path, kind: str) -> None:
     """Read the file as the program does, and use what was read."""
-    if kind in KINDS[:5]:
-        model, tokenizer = M.load_pretrained(folder)
+    if kind in (*KINDS[:5], "model.gguf"):
+        model, tokenizer = M.load_pretrained(folder / kind if kind == "model.gguf" else folder)
         ids = tokenizer.encode_chat([{"role": "user", "content": "Hello <|im_end|>"}])
         assert tokenizer.decode(ids) is not None
         model.logits(model(torch.tensor([[i % model.config.vocab_size for i in ids[:20]]])))
