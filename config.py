@@ -13,7 +13,7 @@ class Config:
     """Saved with the run. A task may come with defaults of its own for some of these. The paper's: --examples 4 --rollouts 12 --steps 750
     --lr 1e-5 --beta 0.01 --clip-norm 0.1 --temperature 0.6 --short-groups fill --lora-rank 16 --lora-dropout 0.05."""
     task: str = "hover"             # hover, banking77, papillon, or a Python file with a function load(data)
-    model: str = "tasks/tiny"       # checkpoint folder in Hugging Face layout, or a name on its hub
+    model: str = "tasks/tiny"       # checkpoint folder in Hugging Face layout, FILE.gguf, or a name on the hub
     data: str = ""                  # folder with the task's real data; empty: the miniature edition
     prompts: str = ""               # JSON with instructions and demos, as a prompt search leaves it, or a state of DSPy
     out: str = ""                   # folder of the run; empty: runs/<task>, then runs/<task>-2, …; of `eval`: a JSON file

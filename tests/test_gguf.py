@@ -54,6 +54,14 @@ def test_the_tokenizer_is_the_checkpoints_own(pair):
     same()
 
 
+@pytest.mark.parametrize("kind, pieces", [("smollm2", ["ĠĠ", "1", "2", "3", "4", "Ġx"]), ("llama3", ["Ġ", "Ġ", "123", "4", "Ġx"]),
+                                          ("qwen2", ["Ġ", "Ġ", "1", "2", "3", "4", "Ġx"])])
+def test_text_is_cut_before_merging_as_the_lm_was_trained(kind, pieces, tmp_path):
+    tokenizer = M.load_pretrained(make(kind, tmp_path)[1])[1]
+    assert [piece for piece, _ in tokenizer.plain.pre_tokenizer.pre_tokenize_str("  1234 x")] == pieces
+    assert (tokenizer.encode("e\u0301") == tokenizer.encode("é")) == (kind == "qwen2")       # Unicode's form C
+
+
 def test_no_default_system_message_is_in_our_prompts(tmp_path):
     """SmolLM2's template has one of its own where a chat begins without; a module's messages never do."""
     from tasks import hover
