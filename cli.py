@@ -71,8 +71,8 @@ def load_model(config: Config) -> tuple[Transformer, Tokenizer]:
 
 
 def fetch(name: str) -> Path:
-    """The folder of a checkpoint, or a file of format GGUF: one that is there, or a download of that name from the Hugging Face
-    hub, which is kept."""
+    """The folder of a checkpoint, or FILE.gguf: one that is there, or a download of that name from
+    the Hugging Face hub, which is kept."""
     for path in (Path(name), Path(__file__).parent / name):
         if path.is_dir() or path.is_file() and path.suffix == ".gguf":
             return path

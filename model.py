@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tokenizer import CheckpointError, Tokenizer, read_json
+from tokenizer import CheckpointError, Tokenizer, read_files, read_json
 
 # ------------------------------------------------------------------------------------------------- configuration
 @dataclass(frozen=True)
@@ -304,7 +304,7 @@ class KVCache:
 
 
 # --------------------------------------------------------------------------------------------------- checkpoints
-_disk_name = lambda name: name if name.startswith("lm_head.") else f"model.{name}"
+disk_name = lambda name: name if name.startswith("lm_head.") else f"model.{name}"
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -325,21 +325,24 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def load_pretrained(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Transformer, Tokenizer]:
-    """A checkpoint folder in Hugging Face layout, or a file FILE.gguf -> (Transformer, Tokenizer). Raises CheckpointError where a
-    file is missing or corrupt, or a tensor is missing, unknown or of a wrong shape."""
-    folder, files, tensors = Path(path), None, None
-    if folder.suffix == ".gguf" and not folder.is_dir():
-        from lm.gguf import read_gguf                          # here, for it needs a library that few have
+    """A checkpoint folder in Hugging Face layout, or a file FILE.gguf -> (Transformer, Tokenizer).
+
+    Raises CheckpointError where a file is missing or corrupt, or a tensor is missing, unknown or of a wrong shape."""
+    folder = Path(path)
+    if folder.is_dir():
+        files = read_files(folder)
+        tensors = read_tensors(folder)
+    elif folder.suffix == ".gguf":
+        from lm.gguf import read_gguf                          # here, for its library is an extra
         files, tensors = read_gguf(folder, dtype)
-    elif not folder.is_dir():
+    else:
         raise CheckpointError(f"{folder}: no such checkpoint folder")
     tokenizer = Tokenizer(folder, files)
-    raw = read_json(folder / "config.json", files and files["config.json"])
+    raw = read_json(folder / "config.json", files.get("config.json"))
     config = ModelConfig.from_hf(raw, str(folder / "config.json"))
     if config.vocab_size < tokenizer.size:
         raise CheckpointError(f"{folder}: vocab_size {config.vocab_size} is smaller than the tokenizer's {tokenizer.size}")
-    tensors = read_tensors(folder) if tensors is None else tensors
-    found = {n: t for n, t in tensors.items() if not n.endswith("rotary_emb.inv_freq")}                # old exports
+    found = {n: t for n, t in tensors.items() if not n.endswith("rotary_emb.inv_freq")}    # old exports
     if config.tied and "lm_head.weight" in found:              # some exporters write the tied head twice
         if not torch.equal(found.pop("lm_head.weight"), found.get("model.embed_tokens.weight", torch.empty(0))):
             raise CheckpointError(f"{folder}: lm_head.weight differs from model.embed_tokens.weight, yet "
@@ -348,14 +351,14 @@ def load_pretrained(path: str | Path, device: str = "cpu", dtype: torch.dtype = 
         raise CheckpointError(f"{folder}: there is no layer {config.layers - 1} in its files")
     with torch.device("meta"):
         model = Transformer(config)
-    wanted = {_disk_name(n): p for n, p in model.state_dict().items()}
+    wanted = {disk_name(n): p for n, p in model.state_dict().items()}
     for name in sorted(wanted.keys() ^ found.keys()):
         raise CheckpointError(f"{folder}: tensor {name} is {'missing' if name in wanted else 'not part of this model'}")
     for name, p in wanted.items():
         if found[name].shape != p.shape or found[name].dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise CheckpointError(f"{folder}: tensor {name}: expected floats of shape {tuple(p.shape)}, found "
                                   f"{found[name].dtype} of {tuple(found[name].shape)}")
-    model.load_state_dict({n: found[_disk_name(n)].to(device, dtype) for n in model.state_dict()}, assign=True)
+    model.load_state_dict({n: found[disk_name(n)].to(device, dtype) for n in model.state_dict()}, assign=True)
     return model, tokenizer
 
 
@@ -367,6 +370,6 @@ def save_pretrained(model: Transformer, tokenizer: Tokenizer, path: str | Path) 
         (folder / name).write_bytes(data)
     raw = model.config.raw | {"dtype": str(model.head.dtype).removeprefix("torch.")}
     (folder / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if k != "torch_dtype"}, indent=2) + "\n")
-    safetensors.torch.save_file({_disk_name(n): t.contiguous().cpu() for n, t in state.items()},
+    safetensors.torch.save_file({disk_name(n): t.contiguous().cpu() for n, t in state.items()},
                                 folder / "model.safetensors.new", metadata={"format": "pt"})
     (folder / "model.safetensors.new").replace(folder / "model.safetensors")        # never half a file

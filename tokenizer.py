@@ -18,16 +18,24 @@ class CheckpointError(ValueError):
 
 
 def read_json(path: Path, data: bytes | None = None) -> dict:
-    """The JSON object in `path`, or in `data` where the file's content is in memory. Raises CheckpointError where the file is
-    missing or holds something else."""
+    """The JSON object in `path`, or in `data` where what it holds is in memory already.
+
+    Raises CheckpointError where the file is missing or holds something else."""
     try:
-        data = path.read_bytes() if data is None else data
+        if data is None:
+            data = path.read_bytes()
         value = json.loads(data.decode("utf-8"))
     except (OSError, ValueError, RecursionError) as e:
         raise CheckpointError(f"{path}: cannot be read as JSON ({e})") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """What the files of a checkpoint hold that are not tensors, by their names; those that are there."""
+    names = (*Tokenizer.FILES, "config.json")
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
 
 
 class Tokenizer:
@@ -39,10 +47,10 @@ class Tokenizer:
              "chat_template.jinja")
 
     def __init__(self, folder: str | Path, files: dict[str, bytes] | None = None):
-        """`files` are the contents of the folder's files by name, where they are in memory and `folder` is but their name."""
-        folder, names = Path(folder), (*self.FILES, "config.json")
+        """`files` is what `read_files` gives, where it is at hand; `folder` then only names it."""
+        folder = Path(folder)
         if files is None:
-            files = {n: (folder / n).read_bytes() for n in names if (folder / n).is_file()}
+            files = read_files(folder)
         self.files = {n: files[n] for n in self.FILES if n in files}                        # written back on save
         raw, config, *others = (read_json(folder / n, files.get(n)) if n == self.FILES[0] or n in files else {}
                                 for n in (*self.FILES[:3], "config.json"))

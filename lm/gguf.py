@@ -1,11 +1,12 @@
 """A file of format GGUF in, the contents of a Hugging Face checkpoint out.
 
-Read are LMs of the architectures llama, qwen2 and qwen3 with a byte-level BPE tokenizer whose pre-tokenizer is known, in any
-type that the library `gguf` dequantises. Everything else is refused by name: other architectures and tokenizers, RoPE scalings
-other than that of Llama 3, experts, sliding windows, files in several parts or of the other byte order.
+Read are LMs of the architectures llama, qwen2 and qwen3 with a byte-level BPE tokenizer whose
+pre-tokenizer is known, in any type that the library `gguf` dequantises. Everything else is refused
+by name: other architectures and tokenizers, RoPE scalings other than that of Llama 3, experts,
+sliding windows, files in several parts or of the other byte order.
 
-    model, tokenizer = load_pretrained("SmolLM2-135M-Instruct.Q4_1.gguf")           # of model.py; it calls `read_gguf`
-    convert("SmolLM2-135M-Instruct.Q4_1.gguf", "models/SmolLM2-135M-Instruct")      # the same as a folder, in bf16
+    model, tokenizer = load_pretrained("LM.gguf")   # of model.py, which calls `read_gguf`
+    convert("LM.gguf", "models/LM")                 # the same LM as a folder, in bf16
 
 Source of the format: github.com/ggml-org/ggml, docs/gguf.md.
 """
@@ -21,32 +22,47 @@ import safetensors
 import torch
 from torch import Tensor
 
-from model import ModelConfig, Transformer, inverse_frequencies, load_pretrained, save_pretrained
+from model import (ModelConfig, Transformer, disk_name, inverse_frequencies, load_pretrained,
+                   save_pretrained)
 from tokenizer import CheckpointError
 
 try:
     import gguf
 except ImportError:
-    raise CheckpointError("files of format GGUF are read with the library gguf, which is not installed here: "
-                          ".venv/bin/pip install gguf") from None
+    raise CheckpointError("files of format GGUF are read with the library gguf, which is not "
+                          "installed here: .venv/bin/pip install gguf") from None
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 
-# Our name of a module (in a layer, without "layers.N.") -> its name in the file (in a layer, without "blk.N.").
+# Our name of a module -> the file's. In layers, "layers.N." and "blk.N." come before.
 NAMES = {
-    "embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output",
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "embed_tokens": "token_embd",
+    "norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
 }
 
 
-# ------------------------------------------------------------------------------------------------------- the file
+# ----------------------------------------------------------------------------------------- the file
 class BoundedReader(gguf.GGUFReader):
-    """The library's reader, which on its own counts as far as a damaged file tells it to. This one ends where the file ends,
-    and after more values than any vocabulary has."""
-    MOST_READS = 2_500_000          # Llama 3 takes a million: two for each token and merge, one for each type
+    """The library's reader, which on its own counts as far as a damaged file tells it to.
+
+    This one ends where the file ends, and after more values than any vocabulary has."""
+    MOST_READS = 2_500_000      # Llama 3 takes a million: 2 a token, 2 a merge, 1 a type
 
     def __init__(self, path: Path):
         self.reads = 0
@@ -56,7 +72,8 @@ class BoundedReader(gguf.GGUFReader):
         self.reads += 1
         if self.reads > self.MOST_READS:
             raise ValueError(f"it lists more than {self.MOST_READS} values")
-        if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
+        size = np.dtype(dtype).itemsize * int(count)
+        if int(offset) + size > len(self.data):
             raise ValueError("it ends too early")
         return super()._get(offset, dtype, count, *rest, **options)
 
@@ -66,15 +83,15 @@ def open_gguf(path: Path) -> BoundedReader:
     try:
         with np.errstate(over="ignore"):                       # of sizes in a damaged file
             reader = BoundedReader(path)
-    except Exception as e:                                     # the library raises whatever it stumbles over
+    except Exception as e:                  # whatever the library stumbles over
         raise CheckpointError(f"{path}: cannot be read as GGUF ({type(e).__name__}: {e})") from None
     if reader.byte_order != "I":
-        raise CheckpointError(f"{path}: was written for machines of the other byte order, which is not supported")
+        raise CheckpointError(f"{path}: is of the other byte order, which is not supported")
     return reader
 
 
 class Metadata:
-    """The key-value pairs of a file, checked as they are asked for: get("llama.block_count", int) -> 30."""
+    """The values of a file, checked as they are asked for: get("llama.block_count", int) -> 30."""
     REQUIRED = object()
 
     def __init__(self, path: Path, reader: gguf.GGUFReader):
@@ -84,7 +101,7 @@ class Metadata:
         raise CheckpointError(f"{self.path}: {key}: {problem}")
 
     def get(self, key: str, kind: type, default: Any = REQUIRED) -> Any:
-        """The value of `key`, which is of type `kind`; `default` where the file has none, or an error without one."""
+        """The value of `key`, of type `kind`; where the file has none, `default` or an error."""
         if key not in self.fields:
             if default is self.REQUIRED:
                 self.refuse(key, "missing")
@@ -102,41 +119,43 @@ class Metadata:
         values = self.get(key, list)
         for value in values:
             if type(value) is not kind:
-                self.refuse(key, f"expected a list of {kind.__name__}, found {str(value)[:60]!r} in it")
+                self.refuse(key, f"expected a list of {kind.__name__}, found {str(value)[:60]!r}")
         return values
 
-    def number(self, key: str, kind: type = int, default: Any = REQUIRED) -> Any:
-        """A number, floats as they were before they became fp32: 1e-05, not 9.999999747378752e-06."""
-        value = self.get(key, kind, default)
-        return float(str(np.float32(value))) if kind is float else value
+    def real(self, key: str, default: Any = REQUIRED) -> float:
+        """A float as it was before it became fp32: 1e-05, not 9.999999747378752e-06."""
+        return float(str(np.float32(self.get(key, float, default))))
 
 
-# ------------------------------------------------------------------------------------------------- configuration
+# ------------------------------------------------------------------------------------ configuration
 def config_of(meta: Metadata, tensors: dict[str, gguf.ReaderTensor]) -> dict:
     """config.json."""
     name = meta.get("general.architecture", str)
     if name not in ARCHITECTURES:
-        meta.refuse("general.architecture", f"{name!r} is not supported (supported: {', '.join(ARCHITECTURES)})")
-    heads, width = meta.number(f"{name}.attention.head_count"), meta.number(f"{name}.embedding_length")
+        known = ", ".join(ARCHITECTURES)
+        meta.refuse("general.architecture", f"{name!r} is not supported (supported: {known})")
+    heads = meta.get(f"{name}.attention.head_count", int)
+    width = meta.get(f"{name}.embedding_length", int)
     if heads < 1 or width < 1:
         meta.refuse(f"{name}.attention.head_count", f"{heads} heads for a width of {width}")
-    head_dim = meta.number(f"{name}.attention.key_length", default=width // heads)
+    head_dim = meta.get(f"{name}.attention.key_length", int, default=width // heads)
     config = {
         "architectures": [ARCHITECTURES[name]],
         "model_type": name,
         "vocab_size": len(meta.all("tokenizer.ggml.tokens", str)),
         "hidden_size": width,
-        "intermediate_size": meta.number(f"{name}.feed_forward_length"),
-        "num_hidden_layers": meta.number(f"{name}.block_count"),
+        "intermediate_size": meta.get(f"{name}.feed_forward_length", int),
+        "num_hidden_layers": meta.get(f"{name}.block_count", int),
         "num_attention_heads": heads,
-        "num_key_value_heads": meta.number(f"{name}.attention.head_count_kv", default=heads),
+        "num_key_value_heads": meta.get(f"{name}.attention.head_count_kv", int, default=heads),
         "head_dim": head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": meta.number(f"{name}.context_length"),
-        "rms_norm_eps": meta.number(f"{name}.attention.layer_norm_rms_epsilon", float),
-        "rope_theta": meta.number(f"{name}.rope.freq_base", float, default=10000.0),
+        "max_position_embeddings": meta.get(f"{name}.context_length", int),
+        "rms_norm_eps": meta.real(f"{name}.attention.layer_norm_rms_epsilon"),
+        "rope_theta": meta.real(f"{name}.rope.freq_base", default=10000.0),
         "tie_word_embeddings": "output.weight" not in tensors,
-        "attention_bias": "blk.0.attn_q.bias" in tensors and name != "qwen2",           # Qwen2 has them without a word
+        # Qwen2 always has biases of q, k and v, and does not say so
+        "attention_bias": "blk.0.attn_q.bias" in tensors and name != "qwen2",
         "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
         "eos_token_id": end_ids(meta),
     }
@@ -147,7 +166,7 @@ def config_of(meta: Metadata, tensors: dict[str, gguf.ReaderTensor]) -> dict:
 
 
 def refuse_what_changes_the_computation(meta: Metadata, name: str, head_dim: int) -> None:
-    """Refuse a file in which one of these keys has a value other than the one under which it means nothing."""
+    """Refuse a file in which one of these keys has another value than the neutral one."""
     for key, kind, neutral in (
             ("split.count", int, (0, 1)),
             (f"{name}.expert_count", int, (0,)),
@@ -163,41 +182,54 @@ def refuse_what_changes_the_computation(meta: Metadata, name: str, head_dim: int
 
 
 def llama3_scaling(meta: Metadata, config: dict, tensor: gguf.ReaderTensor) -> dict | None:
-    """The RoPE scaling whose divisors of the angular steps are in `tensor` (d/2,): none, or that of Llama 3.
+    """The RoPE scaling whose divisors of angular steps `tensor` (d/2,) holds: none, or Llama 3's.
 
-    A file has the divisors in place of the four numbers that they come of. Of these, every Llama 3 has the same three."""
+    A file has the divisors in place of the four numbers that they come of. All but the largest
+    divisor, `factor`, are the same in every Llama 3."""
     found = dequantised(meta.path, tensor, (config["head_dim"] // 2,), torch.float32)
-    scaling = {"rope_type": "llama3", "factor": found.max().item(), "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 8192}
     if (found == 1).all():
         return None
+    scaling = {
+        "rope_type": "llama3",
+        "factor": found.max().item(),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    plain = ModelConfig.from_hf(config, str(meta.path))
+    scaled = ModelConfig.from_hf(config | {"rope_scaling": scaling}, str(meta.path))
     cpu = torch.device("cpu")
-    plain = inverse_frequencies(ModelConfig.from_hf(config, str(meta.path)), cpu)
-    scaled = inverse_frequencies(ModelConfig.from_hf(config | {"rope_scaling": scaling}, str(meta.path)), cpu)
-    if not torch.allclose(found, plain / scaled, rtol=1e-4):
-        meta.refuse("tensor rope_freqs.weight", "holds another RoPE scaling than that of Llama 3, which is not supported")
+    divisors = inverse_frequencies(plain, cpu) / inverse_frequencies(scaled, cpu)      # (d/2,)
+    if not torch.allclose(found, divisors, rtol=1e-4):
+        meta.refuse("tensor rope_freqs.weight",
+                    "holds another RoPE scaling than that of Llama 3, which is not supported")
     return scaling
 
 
-# ------------------------------------------------------------------------------------------------------ tokenizer
+# ---------------------------------------------------------------------------------------- tokenizer
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)           # a token's type
 
-# How text is cut before pairs are merged. These are the published patterns of the LMs, which differ in how they take digits.
-SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+# How text is cut before pairs are merged: the published pattern of Llama 3 and of Qwen, which take
+# digits in different ways.
+SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS"
+         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 def byte_level(use_regex: bool) -> dict:
-    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+            "use_regex": use_regex}
 
 
 def split_at(digits: str) -> list[dict]:
     pattern = {"Regex": SPLIT.replace("DIGITS", digits)}
-    return [{"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}, byte_level(use_regex=False)]
+    cut = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    return [cut, byte_level(use_regex=False)]
 
 
-# name: the pieces of text, whether it is first brought to Unicode's form C, whether a piece that is a token is left whole
+# name: how text is cut, whether it is first brought to Unicode's form C, whether a piece that is a
+# token stays whole
 PRE_TOKENIZERS = {
-    "smollm": ([{"type": "Digits", "individual_digits": True}, byte_level(use_regex=True)], False, False),
+    "smollm": ([{"type": "Digits", "individual_digits": True}, byte_level(True)], False, False),
     "llama-bpe": (split_at(r"\p{N}{1,3}"), False, True),
     "qwen2": (split_at(r"\p{N}"), True, False),
 }
@@ -206,23 +238,54 @@ PRE_TOKENIZERS = {
 def end_ids(meta: Metadata) -> list[int]:
     """The ids that end a completion: of the text, of a turn, of a message."""
     keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
-    ids = [meta.get(keys[0], int), *(meta.get(key, int, None) for key in keys[1:])]
-    return sorted({i for i in ids if i is not None})
+    meta.get(keys[0], int)                                     # a file must have the first
+    ids = {meta.get(key, int, None) for key in keys}
+    return sorted(ids - {None})
 
 
 def tokenizer_of(meta: Metadata) -> dict:
     """tokenizer.json."""
     kind = meta.get("tokenizer.ggml.model", str)
     if kind != "gpt2":
-        meta.refuse("tokenizer.ggml.model", f"{kind!r} is not supported (supported: gpt2, which is byte-level BPE)")
+        meta.refuse("tokenizer.ggml.model",
+                    f"{kind!r} is not supported (supported: gpt2, which is byte-level BPE)")
     pre = meta.get("tokenizer.ggml.pre", str)
     if pre not in PRE_TOKENIZERS:
-        meta.refuse("tokenizer.ggml.pre", f"{pre!r} is not supported (supported: {', '.join(PRE_TOKENIZERS)})")
+        known = ", ".join(PRE_TOKENIZERS)
+        meta.refuse("tokenizer.ggml.pre", f"{pre!r} is not supported (supported: {known})")
     pieces, form_c, whole = PRE_TOKENIZERS[pre]
+    vocabulary, added = tokens_of(meta)
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": {"type": "NFC"} if form_c else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": pieces},
+        "post_processor": None,
+        "decoder": byte_level(use_regex=True),
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": whole,
+            "vocab": vocabulary,
+            "merges": merges_of(meta, vocabulary),
+        },
+    }
 
-    tokens, types = meta.all("tokenizer.ggml.tokens", str), meta.all("tokenizer.ggml.token_type", int)
+
+def tokens_of(meta: Metadata) -> tuple[dict[str, int], list[dict]]:
+    """The ids of all tokens, and the added tokens among them, as tokenizer.json has them."""
+    tokens = meta.all("tokenizer.ggml.tokens", str)
+    types = meta.all("tokenizer.ggml.token_type", int)
     if len(types) != len(tokens):
-        meta.refuse("tokenizer.ggml.token_type", f"expected one for each of {len(tokens)} tokens, found {len(types)}")
+        meta.refuse("tokenizer.ggml.token_type",
+                    f"expected one for each of {len(tokens)} tokens, found {len(types)}")
     vocabulary, added = {}, []
     for i, (token, of_type) in enumerate(zip(tokens, types)):
         if token in vocabulary:
@@ -230,33 +293,35 @@ def tokenizer_of(meta: Metadata) -> dict:
         if of_type != UNUSED:                                  # such only fill the embedding up
             vocabulary[token] = i
         if of_type in (CONTROL, USER_DEFINED):
-            added.append({"id": i, "content": token, "special": of_type == CONTROL, "single_word": False, "lstrip": False,
-                          "rstrip": False, "normalized": False})
-    merges = [merge.split(" ") for merge in meta.all("tokenizer.ggml.merges", str)]
-    for pair in merges:
+            added.append({"id": i, "content": token, "special": of_type == CONTROL,
+                          "normalized": False, "single_word": False, "lstrip": False,
+                          "rstrip": False})
+    return vocabulary, added
+
+
+def merges_of(meta: Metadata, vocabulary: dict[str, int]) -> list[list[str]]:
+    """The pairs of tokens that are merged, in order."""
+    merges = []
+    for merge in meta.all("tokenizer.ggml.merges", str):
+        pair = merge.split(" ")
         if len(pair) != 2 or not {*pair, "".join(pair)} <= vocabulary.keys():
-            meta.refuse("tokenizer.ggml.merges", f"{' '.join(pair)!r} are not two tokens that make a third")
-    return {
-        "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": added,
-        "normalizer": {"type": "NFC"} if form_c else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": pieces},
-        "post_processor": None,
-        "decoder": byte_level(use_regex=True),
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                  "fuse_unk": False, "byte_fallback": False, "ignore_merges": whole, "vocab": vocabulary, "merges": merges},
-    }
+            meta.refuse("tokenizer.ggml.merges", f"{merge!r} are not two tokens that make a third")
+        merges.append(pair)
+    return merges
 
 
 def tokenizer_config_of(meta: Metadata, context: int) -> dict:
     """tokenizer_config.json: the chat template, and the tokens that it may name."""
-    tokens, special = meta.all("tokenizer.ggml.tokens", str), {}
+    tokens = meta.all("tokenizer.ggml.tokens", str)
+    special = {}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        i = meta.get(f"tokenizer.ggml.{key}_token_id", int, None)
-        if i is not None and not 0 <= i < len(tokens):
-            meta.refuse(f"tokenizer.ggml.{key}_token_id", f"expected an id below {len(tokens)}, found {i}")
-        if i is not None:
-            special[f"{name}_token"] = tokens[i]
+        key = f"tokenizer.ggml.{key}_token_id"
+        i = meta.get(key, int, None)
+        if i is None:
+            continue
+        if not 0 <= i < len(tokens):
+            meta.refuse(key, f"expected an id below {len(tokens)}, found {i}")
+        special[f"{name}_token"] = tokens[i]
     return special | {
         "chat_template": meta.get("tokenizer.chat_template", str),
         "model_max_length": context,
@@ -265,7 +330,7 @@ def tokenizer_config_of(meta: Metadata, context: int) -> dict:
     }
 
 
-# -------------------------------------------------------------------------------------------------------- tensors
+# ------------------------------------------------------------------------------------------ tensors
 def gguf_name(name: str) -> str:
     """layers.3.self_attn.q_proj.weight -> blk.3.attn_q.weight"""
     module, _, parameter = name.rpartition(".")
@@ -275,53 +340,63 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer}.{NAMES[module]}.{parameter}"
 
 
-def dequantised(path: Path, tensor: gguf.ReaderTensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor of the file as floats. Raises CheckpointError where it has another shape or cannot be dequantised."""
-    found = tuple(reversed(tensor.shape.tolist()))             # a file lists the dimension that varies fastest first
+def dequantised(path: Path, tensor: gguf.ReaderTensor, shape: tuple[int, ...],
+                dtype: torch.dtype) -> Tensor:
+    """A tensor of the file, of shape `shape`, as floats.
+
+    Raises CheckpointError where it has another shape or cannot be dequantised."""
+    where = f"{path}: tensor {tensor.name}"
+    found = tuple(reversed(tensor.shape.tolist()))             # a file has the columns first
     if found != shape:
-        raise CheckpointError(f"{path}: tensor {tensor.name}: expected shape {shape}, found {found}")
+        raise CheckpointError(f"{where}: expected shape {shape}, found {found}")
     try:
         values = gguf.dequantize(tensor.data, tensor.tensor_type)
     except (NotImplementedError, ValueError) as e:
-        raise CheckpointError(f"{path}: tensor {tensor.name}: cannot be dequantised ({e})") from None
+        raise CheckpointError(f"{where}: cannot be dequantised ({e})") from None
     return torch.from_numpy(np.array(values, np.float32).reshape(shape)).to(dtype)
 
 
 def unpermuted(rows: Tensor, heads: int) -> Tensor:
-    """Undo what `llama` files do to the rows of q and k, weights (H d, D) or biases (H d): theirs turn pairs of neighbours
-    (x_2i, x_2i+1), ours turn the pairs (x_i, x_i+d/2)."""
+    """Undo what `llama` files do to the rows of q and k, weights (H d, D) or biases (H d).
+
+    RoPE turns pairs: there of neighbours (x_2i, x_2i+1), here (x_i, x_i+d/2)."""
     pairs = rows.unflatten(0, (heads, -1, 2))                  # (H, d/2, 2, …)
     return pairs.transpose(1, 2).flatten(0, 2)
 
 
-def tensors_of(path: Path, raw: dict, tensors: dict[str, gguf.ReaderTensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def tensors_of(path: Path, raw: dict, tensors: dict[str, gguf.ReaderTensor],
+               dtype: torch.dtype) -> dict[str, Tensor]:
     """Every tensor of the LM that `raw` (config.json) describes, under its Hugging Face name."""
     config = ModelConfig.from_hf(raw, str(path))
-    if f"blk.{config.layers - 1}.attn_norm.weight" not in tensors:         # before so many layers are built
-        raise CheckpointError(f"{path}: there is no layer {config.layers - 1} in it, of {config.layers}")
+    last = config.layers - 1
+    if f"blk.{last}.attn_norm.weight" not in tensors:          # before so many layers are built
+        raise CheckpointError(f"{path}: there is no layer {last} in it")
     with torch.device("meta"):
-        wanted = {gguf_name(name): (name, tuple(p.shape)) for name, p in Transformer(config).state_dict().items()}
+        state = Transformer(config).state_dict()
+    wanted = {gguf_name(ours): ours for ours in state}
     for name in sorted(wanted.keys() ^ tensors.keys() - {"rope_freqs.weight"}):
-        raise CheckpointError(f"{path}: tensor {name} is {'missing' if name in wanted else 'not part of this model'}")
+        problem = "missing" if name in wanted else "not part of this model"
+        raise CheckpointError(f"{path}: tensor {name} is {problem}")
     result = {}
-    for name, (ours, shape) in wanted.items():
-        values = dequantised(path, tensors[name], shape, dtype)
+    for name, ours in wanted.items():
+        values = dequantised(path, tensors[name], tuple(state[ours].shape), dtype)
         if raw["model_type"] == "llama" and ".attn_q." in name:
             values = unpermuted(values, config.heads)
         if raw["model_type"] == "llama" and ".attn_k." in name:
             values = unpermuted(values, config.kv_heads)
-        result[ours if ours.startswith("lm_head.") else f"model.{ours}"] = values
+        result[disk_name(ours)] = values
     return result
 
 
-# ---------------------------------------------------------------------------------------------------- in and out
-def read_gguf(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[dict[str, bytes], dict[str, Tensor]]:
-    """A file of format GGUF -> the contents of the JSON files of a Hugging Face checkpoint, and its tensors by name.
+# --------------------------------------------------------------------------------------- in and out
+def read_gguf(path: Path, dtype: torch.dtype) -> tuple[dict[str, bytes], dict[str, Tensor]]:
+    """A GGUF file -> what the JSON files of a Hugging Face checkpoint hold, and its tensors.
 
-    Raises CheckpointError naming the file and the key or tensor that is missing, damaged or not supported."""
-    path = Path(path)
+    Raises CheckpointError naming the file, and the key or tensor that is missing, damaged or not
+    supported."""
     reader = open_gguf(path)
-    meta, tensors = Metadata(path, reader), {tensor.name: tensor for tensor in reader.tensors}
+    meta = Metadata(path, reader)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
     config = config_of(meta, tensors)
     files = {
         "config.json": config,
@@ -329,14 +404,17 @@ def read_gguf(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[dic
         "tokenizer.json": tokenizer_of(meta),
         "tokenizer_config.json": tokenizer_config_of(meta, config["max_position_embeddings"]),
     }
-    contents = {name: json.dumps(value, ensure_ascii=False, indent=1).encode() + b"\n" for name, value in files.items()}
+    contents = {}
+    for name, value in files.items():
+        contents[name] = json.dumps(value, ensure_ascii=False, indent=1).encode() + b"\n"
     return contents, tensors_of(path, config, tensors, dtype)
 
 
 def convert(path: str | Path, folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write a file of format GGUF as a checkpoint folder in Hugging Face layout, whole or not at all.
+    """Write a GGUF file as a checkpoint folder in Hugging Face layout, whole or not at all.
 
-    Raises CheckpointError where the file cannot be used, the folder is there already, or it cannot be written."""
+    Raises CheckpointError where the file cannot be used, or the folder is there already or cannot
+    be written."""
     folder = Path(folder)
     if folder.exists():
         raise CheckpointError(f"{folder}: is there already")

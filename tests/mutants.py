@@ -119,7 +119,7 @@ MUTANTS = [
     ("Llama 3's RoPE scaling is read", "lm/gguf.py", 'if "rope_freqs.weight" in tensors:', "if False:", "gguf"),
     ("RoPE divisors of another scaling are refused", "lm/gguf.py", "if not torch.allclose(found, plain / scaled, rtol=1e-4):", "if False:", "gguf"),
     ("what changes the computation is refused", "lm/gguf.py", "if value not in neutral:", "if False:", "gguf"),
-    ("the end of a file is the end of its lists", "lm/gguf.py", "* int(count) > len(self.data):", "* int(count) > 2**70:", "gguf"),
+    ("the end of a file is the end of its lists", "lm/gguf.py", "if int(offset) + size > len(self.data):", "if False:", "gguf"),
     ("lists end", "lm/gguf.py", "if self.reads > self.MOST_READS:", "if False:", "gguf"),
     ("a tensor of a wrong shape is named", "lm/gguf.py", "    if found != shape:", "    if False:", "gguf"),
     ("smollm cuts digits out one by one", "lm/gguf.py", '"individual_digits": True', '"individual_digits": False', "gguf"),

@@ -46,7 +46,7 @@ def test_logits_are_those_of_transformers_near_and_far(family, tmp_path):
     theirs.save_pretrained(tmp_path)
     ours = M.Transformer(M.ModelConfig.from_hf(M.read_json(tmp_path / "config.json")))
     tensors = M.read_tensors(tmp_path)
-    ours.load_state_dict({n: tensors[M._disk_name(n)] for n in ours.state_dict()})
+    ours.load_state_dict({n: tensors[M.disk_name(n)] for n in ours.state_dict()})
     with torch.no_grad():
         for ids in (torch.randint(0, 300, (2, 50)), torch.randint(0, 300, (1, 16400))):
             a, b = theirs(ids).logits[:, -50:], ours.logits(ours(ids)[:, -50:])
