@@ -117,7 +117,7 @@ MUTANTS = [
     ("k has its own number of heads", "lm/gguf.py", "unpermuted(values, config.kv_heads)", "unpermuted(values, config.heads)", "gguf"),
     ("only llama files are permuted", "lm/gguf.py", 'if raw["model_type"] == "llama" and ".attn_q."', 'if ".attn_q."', "gguf"),
     ("Llama 3's RoPE scaling is read", "lm/gguf.py", 'if "rope_freqs.weight" in tensors:', "if False:", "gguf"),
-    ("RoPE divisors of another scaling are refused", "lm/gguf.py", "if not torch.allclose(found, plain / scaled, rtol=1e-4):", "if False:", "gguf"),
+    ("RoPE divisors of another scaling are refused", "lm/gguf.py", "if not torch.allclose(found, divisors, rtol=1e-4):", "if False:", "gguf"),
     ("what changes the computation is refused", "lm/gguf.py", "if value not in neutral:", "if False:", "gguf"),
     ("the end of a file is the end of its lists", "lm/gguf.py", "if int(offset) + size > len(self.data):", "if False:", "gguf"),
     ("lists end", "lm/gguf.py", "if self.reads > self.MOST_READS:", "if False:", "gguf"),
