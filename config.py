@@ -39,7 +39,7 @@ class Config:
     group_size: int = 0             # keep this many members a group, evenly spaced by reward (0: all)
     baseline: str = "group"         # mean reward of the group, or of the example's runs
     leave_one_out: bool = False     # leave a member's own reward out of its baseline
-    scale_rewards: str = "std"      # divide advantages by the standard deviation of the rewards, or none
+    scale_rewards: str = "std"      # divide advantages by the standard deviation of the group's rewards, of the step's (batch), or none
     # what is trained
     lora_rank: int = 0              # of LoRA; 0 trains all weights
     lora_alpha: float = 64.0        # LoRA is scaled by this over the rank
@@ -81,7 +81,7 @@ class Config:
 
     def __post_init__(self):
         choices = {"level": ("call", "trajectory"), "short_groups": ("keep", "truncate", "fill"), "baseline": ("group", "example"),
-                   "scale_rewards": ("std", "none"), "normalize": ("sequence", "token", "constant"),
+                   "scale_rewards": ("std", "batch", "none"), "normalize": ("sequence", "token", "constant"),
                    "dtype": ("float32", "bfloat16"), "split": ("train", "dev", "test")}
         positive = ("examples", "rollouts", "max_tokens", "max_calls", "slots", "inner_epochs", "batch_tokens", "eval_every", "minibatch", "full_every")
         for f in dataclasses.fields(self):

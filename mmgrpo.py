@@ -321,8 +321,14 @@ def advantages(groups: list[Group], trajectories: list[Trajectory], baseline: st
 
     The baseline is the mean reward of the group, or of all voting runs of its example; `leave_one_out` takes the member's
     own out of it. The standard deviation (ddof 1) is that of the same rewards, the member's included. Where these are
-    equal, or there is but one, every advantage is exactly 0."""
+    equal, or there is but one, every advantage is exactly 0.
+
+    scale_rewards="batch" (REINFORCE++ with baseline, arXiv 2501.03262): one standard deviation for
+    the whole step, of all members of all groups around their own baselines,
+        sqrt(sum (r - mean)^2 / (members - 1)).
+    A group of tiny differences is then not blown up by its own."""
     result = []
+    squares: list[float] = []                               # of the members' distances to their means
     for g in groups:
         pool = rewards = np.array([m.reward for m in g.members])
         if baseline == "example":
@@ -330,12 +336,18 @@ def advantages(groups: list[Group], trajectories: list[Trajectory], baseline: st
         a = np.zeros(len(rewards))
         if (pool != pool[0]).any():
             a = rewards - pool.mean()
+            squares.extend(a**2)
             if leave_one_out:
                 a *= len(pool) / (len(pool) - 1)            # r - mean of the others
             if scale_rewards == "std":
                 a /= pool.std(ddof=1) + 1e-4
-        result.append(a.tolist())
-    return result
+        result.append(a)
+    if scale_rewards == "batch":
+        members = sum(len(a) for a in result)
+        # fsum: the same to the last bit in whatever order the groups come
+        spread = math.sqrt(math.fsum(squares) / max(members - 1, 1))
+        result = [a / (spread + 1e-4) for a in result]
+    return [a.tolist() for a in result]
 
 
 # ---------------------------------------------------------------------------------------------- loss (Eq. 7, Eq. 9)

@@ -71,6 +71,8 @@ MUTANTS = [
     ("k-diverse selection keeps the extremes", "mmgrpo.py", "ranked[round(j * (len(members) - 1) / max(k - 1, 1))]", "ranked[j]", "grouping"),
     ("equal rewards give exactly 0", "mmgrpo.py", "if (pool != pool[0]).any():", "if len(pool) > 1:", "grouping"),
     ("the standard deviation is the sample's", "mmgrpo.py", "pool.std(ddof=1) + 1e-4", "pool.std() + 1e-4", "conformance"),
+    ("the batch's deviation is over every member", "mmgrpo.py", "members = sum(len(a) for a in result)", "members = len(squares)", "conformance grouping"),
+    ("the batch's deviation is around the means", "mmgrpo.py", "            squares.extend(a**2)\n            if leave_one_out:\n                a *= len(pool) / (len(pool) - 1)            # r - mean of the others\n", "            if leave_one_out:\n                a *= len(pool) / (len(pool) - 1)\n            squares.extend(a**2)\n", "conformance grouping"),
     ("leave-one-out leaves one out", "mmgrpo.py", "a *= len(pool) / (len(pool) - 1)", "a *= 1", "conformance"),
     ("the example's baseline is over its voting runs", "mmgrpo.py", "[t.reward for t in trajectories if t.votes and", "[t.reward or 0.0 for t in trajectories if t.calls and", "grouping"),
     ("a reward of NaN touches no other run", "program.py", "and self.reward is not None and math.isfinite(self.reward)", "and self.reward is not None", "grouping"),

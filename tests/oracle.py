@@ -125,7 +125,7 @@ def expectation(world: World, R: int, variants: list[dict]) -> tuple[np.ndarray,
 
 
 AXES = {"short_groups": ("keep", "truncate", "fill"), "baseline": ("group", "example"), "leave_one_out": (False, True),
-        "scale_rewards": ("std", "none"), "normalize": ("sequence", "token", "constant"), "failing": ("trained", "dropped")}
+        "scale_rewards": ("std", "batch", "none"), "normalize": ("sequence", "token", "constant"), "failing": ("trained", "dropped")}
 VARIANTS = [dict(zip(AXES, values)) for values in itertools.product(*AXES.values())]
 
 
