@@ -50,6 +50,9 @@ class Config:
     clip_low: float = 0.2           # the ratio is clipped to 1 - clip_low …
     clip_high: float = 0.2          # … and 1 + clip_high
     beta: float = 0.0               # weight of the KL divergence from the starting weights
+    correction: str = "none"        # of the mismatch between sampled and trained log-probs (bfloat16): none, tis or icepop
+    entropy_target: float = 0.0     # nats per token: the loss has an entropy bonus while sampling is below it (0: never)
+    entropy_coef: float = 0.1       # weight of the entropy bonus at entropy 0; it falls in a straight line to 0 at the target
     # prompts
     strategy: str = "w"             # stages in turn, w: train weights, p: search prompts; "p -> w", "(p -> w) x 3", …
     budget: int = 0                 # rollouts of the whole strategy, shared evenly by its stages (0: as --steps and --trials say)
@@ -82,6 +85,7 @@ class Config:
     def __post_init__(self):
         choices = {"level": ("call", "trajectory"), "short_groups": ("keep", "truncate", "fill"), "baseline": ("group", "example"),
                    "scale_rewards": ("std", "batch", "none"), "normalize": ("sequence", "token", "constant"),
+                   "correction": ("none", "tis", "icepop"),
                    "dtype": ("float32", "bfloat16"), "split": ("train", "dev", "test")}
         positive = ("examples", "rollouts", "max_tokens", "max_calls", "slots", "inner_epochs", "batch_tokens", "eval_every", "minibatch", "full_every")
         for f in dataclasses.fields(self):
