@@ -61,7 +61,7 @@ def load_model(config: Config) -> tuple[Transformer, Tokenizer]:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
         raise InputError(f"--device {device}: {e}") from None
-    path, dtype = fetch(config.model), getattr(torch, config.dtype)
+    path, dtype = fetch(config.model), None if config.dtype == "auto" else getattr(torch, config.dtype)
     if (path / "adapter_config.json").is_file():
         model, tokenizer = load_adapter(path, device, dtype, fetch)
     else:

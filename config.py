@@ -20,14 +20,14 @@ class Config:
     seed: int = 0                   # everything random follows from it
     dev_seed: int = -1              # of evaluations (-1: as seed); a strategy's later rounds train with other seeds
     device: str = ""                # cpu or cuda; empty: cuda where there is one
-    dtype: str = "float32"          # of the weights that sample and score: float32 or bfloat16; masters are float32
+    dtype: str = "auto"             # of the weights that sample and score: float32, bfloat16, or auto: bfloat16 where it is faster
     # rollouts
     examples: int = 8               # B, training examples a step
     rollouts: int = 8               # R, runs of the program per example
     temperature: float = 1.0        # of sampling, and of the distribution trained
     max_tokens: int = 128           # sampled tokens per LM call at the most
     max_calls: int = 32             # LM calls per run at the most
-    slots: int = 64                 # sequences that decode together
+    slots: int = 0                  # sequences that decode together (0: 64, or as many as fit in memory)
     failure_score: float = 0.0      # reward of a run that hit max_calls; in evaluation, score of each run that did not complete
     format_failure_score: float = -1.0      # reward of a run cut by length or without a readable field; partly readable: between
     interrupt: float = 0.0          # share of training runs given a random limit below max_calls, to see what that does
@@ -72,7 +72,7 @@ class Config:
     warmup: int = 5                 # steps of linear warm-up
     weight_decay: float = 0.0       # of AdamW
     clip_norm: float = 1.0          # the gradient's norm is clipped to this
-    batch_tokens: int = 1536        # distinct tokens per micro-batch
+    batch_tokens: int = 0           # distinct tokens per micro-batch (0: four times the longest call, if that fits in memory)
     checkpointing: bool = False     # keep one state per layer and compute the rest again on the way back: less memory, more time
     parity: float = 0.0             # stop where sampled and trained log-probs are further apart (0: 1e-3; bfloat16: 0.5)
     # evaluation
@@ -86,8 +86,8 @@ class Config:
         choices = {"level": ("call", "trajectory"), "short_groups": ("keep", "truncate", "fill"), "baseline": ("group", "example"),
                    "scale_rewards": ("std", "batch", "none"), "normalize": ("sequence", "token", "constant"),
                    "correction": ("none", "tis", "icepop"),
-                   "dtype": ("float32", "bfloat16"), "split": ("train", "dev", "test")}
-        positive = ("examples", "rollouts", "max_tokens", "max_calls", "slots", "inner_epochs", "batch_tokens", "eval_every", "minibatch", "full_every")
+                   "dtype": ("auto", "float32", "bfloat16"), "split": ("train", "dev", "test")}
+        positive = ("examples", "rollouts", "max_tokens", "max_calls", "inner_epochs", "eval_every", "minibatch", "full_every")
         for f in dataclasses.fields(self):
             value, flag = getattr(self, f.name), f"--{f.name.replace('_', '-')}"
             if f.name in choices and value not in choices[f.name]:

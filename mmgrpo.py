@@ -39,7 +39,8 @@ from tqdm import tqdm
 from checkpoint import load_state, save_state
 from config import Config
 from lora import WithoutLoRA, add_lora, lora_layers, save_adapter
-from model import KVCache, Tokenizer, Transformer, TreeAttention, save_pretrained, trainable
+from model import (KVCache, Tokenizer, Transformer, TreeAttention, activation_bytes, fp32_head, fp32_logits, memory_of, nodes_for,
+                   round_up, save_pretrained, slots_for, trainable)
 from prompt_files import kept_options
 from program import Completion, InputError, ProgramError, Task, Trajectory, run_programs
 from report import Tally, measure, plot, statuses
@@ -59,10 +60,24 @@ def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_k: in
         outside = (p.cumsum(-1) - p >= top_p) | (torch.arange(p.shape[1], device=p.device) >= (top_k or p.shape[1]))
         outside[:, 0] = False
         logits = logits.masked_fill(outside.scatter(1, order, outside), -math.inf)
+
+    # first a block of 128 tokens by the blocks' sums, then a token within it: one pass over the vocabulary, in fp32
     p = logits.softmax(-1)
-    cdf = p.cumsum(-1, dtype=torch.double)
-    token = torch.searchsorted(cdf, uniform.double()[:, None] * cdf[:, -1:], right=True).clamp(max=p.shape[1] - 1)
-    return token[:, 0], p.gather(1, token)[:, 0].log()
+    blocks = F.pad(p, (0, -p.shape[1] % 128)).unflatten(1, (-1, 128))                  # (S, V / 128, 128)
+    sums = blocks.sum(-1)
+    block, rest = first_above(sums, uniform.double() * sums.sum(-1, dtype=torch.double))
+    inside, _ = first_above(blocks[torch.arange(len(block), device=p.device), block], rest)
+    token = (block * 128 + inside).clamp(max=p.shape[1] - 1)
+    return token, p.gather(1, token[:, None])[:, 0].log()
+
+
+def first_above(x: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
+    """x (S, n) >= 0, bound (S,) -> the first place in each row where the sum up to it exceeds `bound`, which is never one of
+    value 0, and how much of `bound` the places before it leave. A bound that is no less than the total counts as just below it."""
+    sums = x.cumsum(-1, dtype=torch.double)
+    bound = torch.minimum(bound, sums[:, -1].nextafter(sums.new_zeros(())))
+    place = torch.searchsorted(sums, bound[:, None], right=True).clamp(max=x.shape[1] - 1)
+    return place[:, 0], bound - (sums.gather(1, place) - x.gather(1, place))[:, 0]
 
 
 def common(a: list[int], b: list[int]) -> int:
@@ -79,34 +94,51 @@ def capture(step: Callable[[], None]) -> Callable[[], None]:
 
 
 class Sampler:
-    """Continuous batching over the slots of a KV cache: waiting -> live -> done. Live sequences are in slots 0..n-1. Each
-    `advance` refills free slots from the waiting prompts, then decodes a token for every live one; the last moves into a finished
-    one's slot. Token t of a request is drawn with the t-th number of a Philox stream seeded by its key, whatever its mates.
+    """Continuous batching over the slots of a KV cache: waiting -> live -> done.
 
-    A prefix that two prompts share, and that is long enough, is kept in the cache's pool (keys and values, a forest of nodes)
-    from the second one on, while the weights stay as they are. The pool's first 512 nodes are the trunk, attended to in place by
-    all slots; of a path behind it every slot gets a copy."""
-    TRUNK, POOL = (64, 512), (16, 8192)     # of each: how many new tokens a prefix needs to be kept there; where it ends
+    Live sequences are in slots 0..n-1. Each `advance` refills free slots from the waiting prompts and decodes a token for every
+    live one; the last moves into a finished one's slot. Token t of a request is drawn with the t-th number of a Philox stream
+    seeded by its key, whatever its mates.
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, slots: int = 64, max_tokens: int = 128,
+    A prefix that two prompts share is kept in the cache's pool (keys and values, a forest of nodes) from the second one on, while
+    the weights stay as they are. Long prefixes are attended to there by all sequences that have them, of short ones every slot
+    gets a copy."""
+    SHARE = 16          # new tokens from which a prefix is kept in the pool
+    PREFILL = 8192      # new tokens in one pass of the model, to bound its memory
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, slots: int = 0, max_tokens: int = 128,
                  temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0):
-        self.model, self.tokenizer, self.slots, self.context = model, tokenizer, slots, model.config.max_positions
+        self.model, self.tokenizer, self.context = model, tokenizer, model.config.max_positions
         self.temperature, self.top_k, self.top_p, self.device = temperature, top_k, top_p, model.head.device
-        max_tokens = min(max_tokens, self.context)
-        self.max_tokens, self.version = max_tokens, None                    # version: of the weights that the cache is of
+        self.max_tokens = min(max_tokens, self.context)
+        self.slots = slots or slots_for(model.config, model.head)
+        self.pool_limit = nodes_for(model.config, model.head)
+        self.seconds = 0.0
+
+        # requests
         self.waiting: deque[tuple[int, list[int], np.ndarray]] = deque()    # ticket, prompt, uniform numbers
         self.live: list[tuple[int, list[int]]] = []                         # slot -> ticket, prompt
-        self.done, self.tickets, self.seconds, self.longest = [], 0, 0.0, 0
-        self.cache = KVCache(model.config, slots, self.TRUNK[1], self.device, model.head.dtype)
-        new = lambda dtype, *shape: torch.zeros(slots, *shape, dtype=dtype, device=self.device)
-        self.tokens, self.logprobs = new(torch.long, max_tokens), new(torch.float, max_tokens)
-        self.uniforms, self.count, self.limit = new(torch.double, max_tokens), new(torch.long), new(torch.long)
+        self.done: list[tuple[int, Completion]] = []
+        self.tickets = 0
+
+        # memory: what is cached is of the weights of `version`
+        self.version = None
+        self.cache = KVCache(model.config, self.slots, self.device, model.head.dtype)
+        self.prompts: list[list[int]] = []                                  # all prompts of these weights, in lexical order
+        self.prefixes: list[tuple[list[int], list[int]]] = []               # in the pool: tokens, nodes; in lexical order
+        self.pool_end = 0                                                   # where the next nodes go
+        self.longest = 0                                                    # own tokens of a live sequence, at the most
+        self.shared: list | None = None                                     # ranges in place; None: live sequences changed
+
+        # the state of each slot, on the device
+        new = lambda dtype, *shape: torch.zeros(self.slots, *shape, dtype=dtype, device=self.device)
+        self.tokens, self.logprobs = new(torch.long, self.max_tokens), new(torch.float, self.max_tokens)
+        self.uniforms, self.count, self.limit = new(torch.double, self.max_tokens), new(torch.long), new(torch.long)
+        self.running = new(torch.bool)                                      # it has not ended
         self.ends = torch.zeros(tokenizer.size, dtype=torch.bool, device=self.device)
         self.ends[list(tokenizer.end_ids)] = True
-        self.prompts: list[list[int]] = []                                  # all prompts of these weights, in lexical order
-        self.prefixes: list[tuple[list[int], list[int], int]] = []            # in the pool: tokens, nodes, those in the trunk
-        self.trunk_end = self.pool_end = 0                                  # where the next nodes of either go
         self.graphs: dict | None = {} if self.device.type == "cuda" else None
+        self.sees = torch.zeros(0, self.slots, dtype=torch.bool, device=self.device)       # of graphs: range x slot
 
     def submit(self, messages: list[dict], key: tuple) -> int:
         """Take a prompt; a prompt that leaves no room in the context is done at once, with no token."""
@@ -125,14 +157,9 @@ class Sampler:
     def advance(self) -> list[tuple[int, Completion]]:
         """Refill the slots, decode a token; return the requests that are done as (ticket, Completion)."""
         began = time.perf_counter()
-        if (version := [p._version for p in self.model.parameters()]) != self.version:      # what is cached is of other weights
-            if self.live:
-                raise RuntimeError("the weights changed while the sampler had live sequences")
-            self.prompts, self.prefixes, self.version = sorted(p for _, p, _ in self.waiting), [], version
-            self.trunk_end, self.pool_end = 0, self.TRUNK[1]
+        self._renew()
         while self.waiting and len(self.live) < self.slots:
             self._admit()
-        self._collect()
         if self.live:
             self._decode(len(self.live), self.longest + 1)
             self._collect()
@@ -140,96 +167,143 @@ class Sampler:
         done, self.done = self.done, []
         return done
 
+    def _renew(self):
+        """Forget what is cached where the weights have changed."""
+        version = [p._version for p in self.model.parameters()]
+        if version == self.version:
+            return
+        if self.live:
+            raise RuntimeError("the weights changed while the sampler had live sequences")
+        self.version = version
+        self.prompts, self.prefixes, self.pool_end = sorted(p for _, p, _ in self.waiting), [], 0
+        self.head = fp32_head(self.model.head[:self.tokenizer.size])        # ids that the tokenizer lacks cannot be drawn
+
     def _share(self, prompt: list[int]) -> tuple[int, list[int], int]:
-        """Find, or reserve, a prompt's nodes in the pool -> (n, path, in_trunk): its first n tokens are there already; `path` has
-        the nodes of its first len(path) >= n tokens, the caller is to prefill those from n on (a prefix that another prompt
-        shares); the first in_trunk of them lie in the trunk. The last token is never among them: its state gives the sample."""
+        """Find, or reserve, a prompt's nodes in the pool -> (n, path): its first n tokens are there already; `path` has the nodes
+        of its first len(path) >= n tokens, the caller is to prefill those from n on (a prefix that another prompt shares). The
+        last token is never among them: its state gives the sample."""
         i, j = bisect_left(self.prompts, prompt), bisect_left(self.prefixes, (prompt,))       # what shares most is a neighbour
         near = self.prompts[max(i - 1, 0):i] + self.prompts[i + 1:i + 2]
         keep = max((common(prompt[:-1], p) for p in near), default=0)
         there = self.prefixes[max(j - 1, 0):j + 1]
-        n, path, trunk = max(((common(prompt[:-1], p), *chain) for p, *chain in there), default=(0, [], 0))
-        path, trunk, more = path[:n], min(n, trunk), keep - n
-        if more >= self.TRUNK[0] and trunk == n and self.trunk_end + more <= self.TRUNK[1]:
-            path, trunk, self.trunk_end = path + [*range(self.trunk_end, self.trunk_end + more)], keep, self.trunk_end + more
-        elif more >= self.POOL[0] and self.pool_end + more <= self.POOL[1]:
-            path, self.pool_end = path + [*range(self.pool_end, self.pool_end + more)], self.pool_end + more
-        if len(path) > n:
-            insort(self.prefixes, (prompt[:keep], path, trunk))
-        return n, path, trunk
+        n, path = max(((common(prompt[:-1], tokens), nodes) for tokens, nodes in there), default=(0, []))
+        path = path[:n]
+        more = keep - n
+        if more >= self.SHARE and self.pool_end + more <= self.pool_limit:
+            path = path + list(range(self.pool_end, self.pool_end + more))
+            self.pool_end += more
+            insort(self.prefixes, (prompt[:keep], path))
+        return n, path
 
     def _admit(self):
         """Prefill waiting prompts, every distinct prefix once, and sample the first token of each."""
-        chains, ids, taken, places, last, budget, longest = [], [], [], [], [], 8192, 0     # tokens a pass, to bound its memory
+        taken, budget, known_end = [], self.PREFILL, self.pool_end          # taken: nodes, prompt, slot
         while self.waiting and len(self.live) < self.slots and budget > 0:
-            longest = max(longest, len(self.waiting[0][1]))
-            if taken and (len(taken) + 1) * longest > 8 * 8192:     # a long prompt among short ones: all are padded to its blocks
-                break
             ticket, prompt, uniforms = self.waiting.popleft()
             slot = len(self.live)
-            self.uniforms[slot, :len(uniforms)] = torch.from_numpy(uniforms)
-            self.count[slot], self.limit[slot] = 0, len(uniforms)
             self.live.append((ticket, prompt))
-            n, path, trunk = self._share(prompt)
-            if len(path) > n:
-                chains.append((n, path))
-                ids += prompt[n:len(path)]
-            taken.append((slot, prompt, path, trunk))
-            budget -= len(prompt) - n
-        at = self.pool_end                                      # what no other prompt has goes behind the pool, only to be copied
-        for _, prompt, path, trunk in taken:
-            whole = path + [*range(at, at + len(prompt) - len(path))]
-            at += len(prompt) - len(path)
-            chains.append((len(path), whole))
-            places.append((trunk, whole))
-            ids += prompt[len(path):]
+            self.uniforms[slot, :len(uniforms)] = torch.from_numpy(uniforms)
+            self.count[slot], self.limit[slot], self.running[slot] = 0, len(uniforms), True
+            there, path = self._share(prompt)
+            taken.append((path, prompt, slot))
+            budget -= len(prompt) - there
+
+        # what no other prompt has goes behind the pool, only to be copied from there
+        end = self.pool_end
+        for i, (path, prompt, slot) in enumerate(taken):
+            own = len(prompt) - len(path)
+            taken[i] = (path + list(range(end, end + own)), prompt, slot)
+            end += own
+        taken.sort(key=lambda row: row[0])                  # paths that begin alike become neighbours
+
+        # of the paths that have a new node in common the first prefills it
+        paths, ids, positions, last, made = [], [], [], [], set()
+        for path, prompt, _ in taken:
+            known = next(i for i, node in enumerate(path) if node >= known_end and node not in made)
+            made.update(path[known:])
+            paths.append((known, path))
+            ids += prompt[known:]
+            positions += range(known, len(prompt))
             last.append(len(ids) - 1)
-        if self.cache.grow(max(len(path) - trunk for trunk, path in places) + self.max_tokens, at) and self.graphs:
+
+        tensor = lambda x: torch.tensor(x, device=self.device)
+        slots = [slot for _, _, slot in taken]
+        self.cache.reserve(end)
+        hidden = self.model(tensor([ids]), tensor([positions]), TreeAttention(paths, self.device, self.cache.pool))
+        own = self.cache.place(slots, [path for path, _, _ in taken], self.pool_end, self.max_tokens)
+        if self.cache.replaced and self.graphs is not None:
             self.graphs.clear()                             # they are of the old buffers
-        tensor, slots = lambda x: torch.tensor(x, device=self.device), [slot for slot, *_ in taken]
-        positions = [i for n, path in chains for i in range(n, len(path))]
-        hidden = self.model(tensor([ids]), tensor([positions]), TreeAttention(chains, self.device, self.cache.pool))
-        self.cache.place(slots, places)
+        self.cache.replaced = False
+        self.longest = max(self.longest, own)
+        self.shared = None
         self._sample(hidden[0, last], tensor(slots))
 
     def _decode(self, n: int, longest: int):
         """One token for each of the first n slots. On CUDA in shapes that recur, each captured as a graph the second time."""
+        if self.shared is None:
+            self._find_shared(n)
         if self.graphs is None:
-            return self._step(n, longest, self.trunk_end)
-        key = min(1 << (n - 1).bit_length(), self.slots), min(-(-longest // 64) * 64, self.cache.kv.shape[4]), self.TRUNK[1]
-        if key in self.graphs:
-            self.graphs[key] = self.graphs[key] or capture(lambda: self._step(*key))
-            return self.graphs[key]()
-        self.graphs[key] = None
-        self._step(*key)
+            self._step(n, longest)
+            return
+        rows = min(1 << (n - 1).bit_length(), self.slots)
+        own = min(round_up(longest, 64), self.cache.kv.shape[4])
+        key = rows, own, tuple((nodes.start, nodes.stop) for nodes, _ in self.shared)
+        if key not in self.graphs:
+            self.graphs[key] = None                         # seen once: not worth capturing yet
+            self._step(rows, own)
+            return
+        if self.graphs[key] is None:
+            self.graphs[key] = capture(lambda: self._step(rows, own))
+        self.graphs[key]()
 
-    def _step(self, n: int, longest: int, trunk: int):
+    def _find_shared(self, n: int):
+        """Which ranges of the pool the live sequences attend to in place. Slots as indices; for graphs, whose shapes must
+        recur, as a mask over all slots."""
+        found = self.cache.shared(n)
+        if self.graphs is None:
+            everyone = list(range(n))
+            self.shared = [(nodes, slice(n) if slots == everyone else torch.tensor(slots)) for nodes, slots in found]
+            return
+        self.shared = [(nodes, None) for nodes, _ in found]
+        if len(found) > len(self.sees):
+            self.sees = torch.zeros(2 * len(found), self.slots, dtype=torch.bool, device=self.device)
+            self.graphs.clear()
+        self.sees.zero_()
+        for i, (_, slots) in enumerate(found):
+            self.sees[i, slots] = True
+
+    def _step(self, n: int, longest: int):
         slots, cache = torch.arange(n, device=self.device), self.cache
-        last = self.tokens[slots, self.count[:n] - 1]
-        positions = cache.shared[:n] + cache.lengths[:n]
-        hidden = self.model(last[:, None], positions[:, None], cache.decode(n, longest, trunk))
-        cache.lengths[:n] += self.limit[:n].clamp(max=1)        # free slots in a graph's shape stay as they are
-        self._sample(hidden[:, 0], slots)
+        last = self.tokens[slots, (self.count[:n] - 1).clamp(min=0)]
+        attend = cache.decode(n, longest, self.shared, self.sees)
+        hidden = self.model(last[None], cache.positions[None, :n], attend)              # (1, n, D)
+        cache.lengths[:n] += self.running[:n]               # ended and free slots stay as they are
+        cache.positions[:n] += self.running[:n]
+        self._sample(hidden[0], slots)
 
     def _sample(self, hidden: Tensor, slots: Tensor):
-        """Draw one token for each of `slots` from hidden (n, D); ids that the tokenizer lacks cannot be drawn."""
-        at = self.count[slots]
-        logits = F.linear(hidden, self.model.head[:self.tokenizer.size])
-        self.tokens[slots, at], self.logprobs[slots, at] = sample_tokens(
-            logits, self.uniforms[slots, at], self.temperature, self.top_k, self.top_p)
-        self.count[slots] = torch.minimum(at + 1, self.limit[slots])
+        """Draw one token from hidden (n, D) for each of `slots` that has not ended."""
+        at = self.count[slots].clamp(max=self.max_tokens - 1)
+        running = self.running[slots]
+        logits = fp32_logits(hidden, self.head)
+        token, logprob = sample_tokens(logits, self.uniforms[slots, at], self.temperature, self.top_k, self.top_p)
+        self.tokens[slots, at] = torch.where(running, token, self.tokens[slots, at])
+        self.logprobs[slots, at] = torch.where(running, logprob, self.logprobs[slots, at])
+        count = self.count[slots] + running
+        self.count[slots] = count
+        self.running[slots] = running & ~self.ends[token] & (count < self.limit[slots])
 
     def _collect(self):
         """Take finished sequences out; the last live one moves into each gap."""
         n = len(self.live)
-        ended = self.ends[self.tokens[torch.arange(n, device=self.device), self.count[:n] - 1]]
-        over = ended | (self.count[:n] >= self.limit[:n])
-        ended, over, counts, lengths = torch.stack((ended, over, self.count[:n], self.cache.lengths[:n])).tolist()
-        for i in reversed([i for i in range(n) if over[i]]):       # from behind: the last live one is then never finished
-            (ticket, prompt), count, stop = self.live[i], counts[i], bool(ended[i])
+        state = torch.stack((self.running[:n].long(), self.count[:n], self.cache.lengths[:n]))
+        running, counts, lengths = state.tolist()           # the one time in a step that the host waits for the device
+        for i in reversed([i for i in range(n) if not running[i]]):    # from behind: the last live one is then never finished
+            (ticket, prompt), count = self.live[i], counts[i]
             ids, logprobs = self.tokens[i, :count].tolist(), self.logprobs[i, :count].tolist()
             if not math.isfinite(sum(logprobs)):
                 raise FloatingPointError("the LM's logits are not finite: broken weights, a diverged run (--lr) or a tiny --temperature")
+            stop = ids[-1] in self.tokenizer.end_ids
             text = self.tokenizer.decode(ids[:count - stop])
             self.done.append((ticket, Completion(prompt, ids, logprobs, "stop" if stop else "length", text)))
             last = self.live.pop()
@@ -237,10 +311,14 @@ class Sampler:
             if i < len(self.live):
                 self.live[i] = last
                 self.cache.move(len(self.live), i)
-                for state in (self.tokens, self.logprobs, self.uniforms, self.count, self.limit):
+                for state in (self.tokens, self.logprobs, self.uniforms, self.count, self.limit, self.running):
                     state[i] = state[len(self.live)]
-            for state in (self.limit, self.count, self.cache.lengths):
+                lengths[i] = lengths[len(self.live)]
+                lengths[len(self.live)] = 0
+            self.cache.free(len(self.live))
+            for state in (self.limit, self.count, self.running):
                 state[len(self.live)] = 0
+            self.shared = None
         self.longest = max(lengths, default=0)
 
 
@@ -388,8 +466,9 @@ def weigh(groups: list[Group], advantages: list[list[float]], trajectories: list
 
 def _log_softmax(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float):
     """In chunks of 256 rows: their place, all their log-probs (rows, V) and their targets (rows, 1). Nothing of N x V is held."""
+    weight = fp32_head(weight)
     for i in range(0, len(hidden), 256):
-        logits = F.linear(hidden[i:i + 256], weight).float().div_(temperature)
+        logits = fp32_logits(hidden[i:i + 256], weight).div_(temperature)
         yield slice(i, i + 256), logits.sub_(logits.logsumexp(-1, keepdim=True)), targets[i:i + 256, None]
 
 
@@ -562,18 +641,25 @@ def keep_proximal(tree: Tree, old: Tensor) -> None:
         row.trained[:] = logprobs.tolist()
 
 
+def tokens_per_batch(model: Transformer, rows: list[Row], config: Config) -> int:
+    """Distinct tokens of a micro-batch where --batch-tokens says nothing: as many as four of the longest row, so that rows which share
+    a prefix are seldom parted, and no more than a quarter of the device's memory holds."""
+    longest = max((len(r.completion.prompt_ids) + len(r.completion.token_ids) for r in rows), default=1)
+    return config.batch_tokens or min(max(1536, 4 * longest), memory_of(model.head.device) // 4 // activation_bytes(model))
+
+
 def step_gradient(model: Transformer, rows: list[Row], config: Config, vocabulary: int,
                   reference: Transformer | None = None, fresh: bool = True,
                   alpha: float = 0.0) -> tuple[list[Tensor], dict]:
     """The gradient of the step's loss, one fp32 tensor per parameter, and its figures (report.Tally), module by module to see
     what each contributes. `fresh`: the weights are still those that sampled; ParityError where the log-probs disagree. `alpha`:
     the weight of the entropy bonus. With a correction the first pass must be a fresh one."""
-    parameters, tally = trainable(model), Tally(config, model.head.dtype, fresh)
+    parameters, tally, batch_tokens = trainable(model), Tally(config, model.head.dtype, fresh), tokens_per_batch(model, rows, config)
     total, device = [torch.zeros_like(p, dtype=torch.float) for p in parameters], model.head.device
     head = next((i for i, p in enumerate(parameters) if p is model.head), None)         # None: it is frozen
     for module in sorted({r.module for r in rows}):
         gradient = [torch.zeros_like(g) for g in total]
-        trees = pack([r for r in rows if r.module == module], config.batch_tokens)
+        trees = pack([r for r in rows if r.module == module], batch_tokens)
         while trees:
             tree = trees.pop()
             tokens = [(p, r.advantage, r.weight) for r in tree.rows for p in r.completion.logprobs]
@@ -659,7 +745,7 @@ def prepare(model: Transformer, config: Config) -> tuple[torch.optim.Optimizer, 
         add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, tuple(config.lora_targets.split(",")), config.seed)
     masters = [p.detach().float().clone().requires_grad_() for p in trainable(model)]
     start = None if not config.beta else WithoutLoRA(model) if config.lora_rank else copy.deepcopy(model)
-    return torch.optim.AdamW(masters, weight_decay=config.weight_decay), start
+    return torch.optim.AdamW(masters, weight_decay=config.weight_decay, fused=True), start
 
 
 def sample_step(model, tokenizer, task: Task, config: Config, step: int) -> tuple[list[Trajectory], dict]:

@@ -17,10 +17,13 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import re
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -209,40 +212,245 @@ class Transformer(nn.Module):
         return F.linear(hidden, self.head)
 
 
+# --------------------------------------------------------------------------------- attention over a prefix tree
+def flash(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Attention of q (B, H, T, d) over k, v (B, K, L, d) -> (out (B, H, T, d), log-sum-exp of the scores (B, H, T), fp32).
+
+    `mask` (B, 1, T or 1, L), fp32, is added to the scores."""
+    q, k, v, restore = _align_heads(q, k, v, causal, mask)
+    out, lse = _kernel(q, k, v, causal, mask)
+    return restore(out), restore(lse)
+
+
+def flash_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool = False,
+                   mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """What these keys add to the gradients of q, k, v where `out` and `lse` are those of all keys that the queries see.
+
+    With P = exp(q k - lse), the scores' gradient P (d_out v - sum(d_out out)) holds for each key by itself (FlashAttention-2,
+    arXiv 2307.08691, section 3.1): a kernel that is given the merged results returns exactly its keys' share."""
+    kv_heads = k.shape[1]
+    q, k, v, restore = _align_heads(q, k, v, causal, mask)
+    d_out, out, lse = (x if x.shape[1] == q.shape[1] else x.unflatten(1, (kv_heads, -1)).flatten(2, 3)
+                       for x in (d_out, out, lse))
+    dq, dk, dv = _kernel_backward(d_out, q, k, v, out, lse, causal, mask)
+    if dk.shape[1] != kv_heads:
+        dk, dv = (x.unflatten(1, (kv_heads, -1)).sum(2) for x in (dk, dv))
+    return restore(dq), dk, dv
+
+
+def _align_heads(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None):
+    """As many heads of keys as of queries. Where the keys are many and all queries see the same, the H/K heads that share keys
+    are folded into the queries, (B, K, H/K T, d); else the keys are repeated. The last of the four undoes it in the result."""
+    B, H, T, d = q.shape
+    K, L = k.shape[1:3]
+    if H == K:
+        return q, k, v, lambda x: x
+    if causal or H // K * T > L or mask is not None and mask.shape[2] > 1:
+        return q, k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1), lambda x: x
+    return q.reshape(B, K, -1, d), k, v, lambda x: x.reshape(B, H, T, *x.shape[3:])
+
+
+def _kernel(q, k, v, causal, mask):
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)
+    return plain_attention(q, k, v, causal, mask)
+
+
+def _kernel_backward(d_out, q, k, v, out, lse, causal, mask):
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            d_out, q, k, v, out, lse, 0.0, causal, attn_mask=mask)
+    return plain_attention_backward(d_out, q, k, v, out, lse, causal, mask)
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What the fused kernel computes, in plain products: (out, log-sum-exp)."""
+    scores = _scores(q, k, causal, mask)                                        # (B, H, T, L)
+    lse = scores.logsumexp(-1)
+    return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse
+
+
+def plain_attention_backward(d_out, q, k, v, out, lse, causal, mask) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv), as the fused kernel's."""
+    p = (_scores(q, k, causal, mask) - lse[..., None]).exp()                    # (B, H, T, L)
+    d_p = (d_out @ v.transpose(2, 3)).float()
+    d_scores = p * (d_p - (d_out.float() * out.float()).sum(-1, keepdim=True))
+    d_scores = (d_scores * q.shape[-1] ** -0.5).to(q.dtype)
+    return d_scores @ k, d_scores.transpose(2, 3) @ q, p.to(q.dtype).transpose(2, 3) @ d_out
+
+
+def _scores(q, k, causal, mask):
+    scores = (q @ k.transpose(2, 3)).float() * q.shape[-1] ** -0.5
+    if causal:
+        unseen = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(unseen, -math.inf)
+    return scores if mask is None else scores + mask
+
+
+def merge(out: Tensor, lse: Tensor, at: slice | Tensor, part_out: Tensor, part_lse: Tensor) -> None:
+    """Attention over some keys and over others -> over both, in place: o = sum_i o_i exp(lse_i - lse).
+
+    out (H, T, d) and lse (H, T), fp32, are what there is; part_out (H, n, d) and part_lse (H, n) join the n queries `at`."""
+    before = lse[:, at]
+    both = torch.logaddexp(before, part_lse)
+    out[:, at] = out[:, at] * (before - both).exp()[..., None] + part_out * (part_lse - both).exp()[..., None]
+    lse[:, at] = both
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some queries and some keys of a forest: one call of a kernel. Long segments are ranges, all that is short is in blocks."""
+    queries: slice | Tensor             # of the T inputs: a range, or (blocks, size)
+    keys: slice | Tensor                # nodes: a range, or (blocks, longest)
+    causal: bool = False                # query i sees keys 0..i; else all of them, or what the mask says
+    mask: Tensor | None = None          # (blocks, 1, size, longest) 0 or -inf
+    inside: Tensor | None = None        # (blocks x size,) a block is filled up with its last query, which counts once
+
+    @property
+    def nodes(self) -> slice | Tensor:
+        """The queries, each once: a range, or (n,)."""
+        return self.queries if self.inside is None else self.queries.flatten()[self.inside]
+
+    def take(self, x: Tensor, at: slice | Tensor) -> Tensor:
+        """(heads, T, …) -> (1, heads, range, …) or (blocks, heads, size, …)."""
+        return x[None, :, at] if isinstance(at, slice) else x[:, at].transpose(0, 1)
+
+    def results(self, x: Tensor) -> Tensor:
+        """What came of the queries, (1, heads, range, …) or (blocks, heads, size, …) -> (heads, n, …), in the order of `nodes`."""
+        return x[0] if self.inside is None else x.transpose(0, 1).flatten(1, 2)[:, self.inside]
+
+
+class _Forest(torch.autograd.Function):
+    """Attention over the parts of a forest, merged; its backward is each part's own kernel."""
+    @staticmethod
+    def forward(ctx, q, k, v, parts):           # (H, T, d), (K, nodes, d) twice -> (H, T, d)
+        out = q.new_zeros(q.shape, dtype=torch.float)
+        lse = q.new_full(q.shape[:2], -math.inf, dtype=torch.float)
+        for part in parts:
+            at = part.nodes
+            part_out, part_lse = map(part.results, flash(
+                part.take(q, part.queries), part.take(k, part.keys), part.take(v, part.keys), part.causal, part.mask))
+            if len(parts) == 1:                 # nothing to merge with
+                out[:, at], lse[:, at] = part_out.float(), part_lse
+            else:
+                merge(out, lse, at, part_out, part_lse)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.parts = parts
+        return out
+
+    @staticmethod
+    def backward(ctx, d_out):
+        q, k, v, out, lse = ctx.saved_tensors
+        dq, dk, dv = (torch.zeros_like(x, dtype=torch.float) for x in (q, k, v))
+        for part in ctx.parts:
+            d_part = part.take(d_out, part.queries)
+            if part.inside is not None:         # a repeated query counts once
+                once = torch.zeros(part.queries.numel(), dtype=d_out.dtype, device=d_out.device)
+                once[part.inside] = 1
+                d_part = d_part * once.view(*part.queries.shape)[:, None, :, None]
+            dq_part, dk_part, dv_part = flash_backward(
+                d_part, part.take(q, part.queries), part.take(k, part.keys), part.take(v, part.keys),
+                part.take(out, part.queries), part.take(lse, part.queries), part.causal, part.mask)
+            dq[:, part.nodes] += part.results(dq_part)
+            for total, more in ((dk, dk_part), (dv, dv_part)):
+                if isinstance(part.keys, slice):
+                    total[:, part.keys] += more[0]
+                else:                           # a node is among the keys of many blocks
+                    total.index_add_(1, part.keys.flatten(), more.transpose(0, 1).flatten(1, 2).float())
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
+
+
 class TreeAttention:
     """`attend` for a forest of prefixes: T nodes as one sequence (1, T), in which each sees its ancestors and itself.
 
     `paths` are pairs (known, path), a path being nodes from a root on: path[:known] are there already, path[known:] are new, and
-    those of all paths, one after the other, are the T inputs. Two rows that share their first two tokens:
-    TreeAttention([(0, [0, 1, 2]), (2, [0, 1, 3])]), T = 4, node 3 sees 0, 1 and itself. Keys and values are in `pool` (2, layers,
-    nodes, K, d); without one, node i is the i-th of the T. Queries go in blocks, each with the keys of its path (padded to the
-    longest): the cost is that of T x longest path, not of T x T."""
+    those of all paths, one after the other, are the T inputs. Paths that begin alike must be neighbours. Two rows that share
+    their first two tokens: TreeAttention([(0, [0, 1, 2]), (2, [0, 1, 3])]), T = 4, node 3 sees 0, 1 and itself. Keys and values
+    are in `pool` (2, layers, nodes, K, d); without one, node i is the i-th of the T.
+
+    A segment is a chain of nodes without branches. A long one is a range of keys that is neither copied nor masked: its own
+    queries see it causally, all that come below it see the whole, and they stand in one range behind it. The short
+    segments of each path are gathered, for blocks of its queries."""
+    LONG = 128          # nodes from which a kernel of its own costs less than copies and masks
+
     def __init__(self, paths: list[tuple[int, list[int]]], device=None, pool: Tensor | None = None):
-        longest, size = max(len(path) for _, path in paths), max(len(path) - known for known, path in paths)
-        size, blocks, new = min(size, max(64, longest // 8)), [], []            # so a long path is gathered 8 times at the most
-        for i, (known, path) in enumerate(paths):
-            blocks += [(i, depth, len(new) + depth - known, len(path) - depth)  # a block: its path, the depth of its first query,
-                       for depth in range(known, len(path), size)]              # that one's place in the T, how many follow
-            new += path[known:]
-        which, depth, first, left = torch.tensor(blocks, device=device).unbind(1)
-        offset = torch.arange(size, device=device)
-        self.pool, self.new = pool, torch.tensor(new, device=device)                    # (T,) pool node of each input
-        keys = nn.utils.rnn.pad_sequence([torch.tensor(path) for _, path in paths], batch_first=True).to(device)
-        self.keys = keys[which]                                                         # (blocks, longest) nodes
-        self.seen = (torch.arange(longest, device=device) <= (depth[:, None] + offset)[..., None])[:, None]
-        inside = offset < left[:, None]
-        self.queries = (first[:, None] + offset) * inside                               # (blocks, size) of the T
-        self.where = inside.flatten().nonzero()[:, 0]                                   # (T,) each node's place in the blocks
+        new, parts = forest_parts(paths, self.LONG)
+        self.pool, self.new = pool, torch.tensor(new, device=device)            # (T,) pool node of each input
+        on = lambda x: torch.as_tensor(x).to(device) if isinstance(x, np.ndarray) else x
+        self.parts = [Part(on(p.queries), on(p.keys), p.causal, on(p.mask), on(p.inside)) for p in parts]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))                             # (T, heads, d)
-        if self.pool is not None:
-            self.pool[0, layer, self.new], self.pool[1, layer, self.new] = k, v
-            k, v = self.pool[:, layer]
-        q, k, v = (x.index_select(0, at.flatten()).unflatten(0, at.shape).transpose(1, 2)   # (blocks, heads, …, d)
-                   for x, at in ((q, self.queries), (k, self.keys), (v, self.keys)))
-        y = attention(layer, q, k, v, self.seen).transpose(1, 2).flatten(0, 1)
-        return y.index_select(0, self.where).transpose(0, 1)[None]
+        if self.pool is None:
+            return _Forest.apply(q[0], k[0], v[0], self.parts)[None]
+        self.pool[0, layer, self.new] = k[0].transpose(0, 1)
+        self.pool[1, layer, self.new] = v[0].transpose(0, 1)
+        keys, values = self.pool[:, layer].transpose(1, 2)                      # (K, nodes, d) each
+        return _Forest.apply(q[0], keys, values, self.parts)[None]
+
+
+def forest_parts(paths: list[tuple[int, list[int]]], long: int) -> tuple[np.ndarray, list[Part]]:
+    """The node of each of the T inputs, and the parts, in numpy, that cover each pair of a query and a node it sees once."""
+    knowns, paths = [known for known, _ in paths], [np.asarray(path) for _, path in paths]
+    starts = _segment_starts(knowns, paths)
+    causal, below = [], {}              # below: segment's first node -> its end, and the range of queries that see all of it
+    blocks, first = [], 0               # first: the place of a path's first new node among the T
+    for known, path in zip(knowns, paths):
+        cuts = np.append(np.flatnonzero(starts[path]), len(path))
+        place = lambda depth: first + max(depth - known, 0)
+        short = []
+        for begin, end in zip(cuts[:-1].tolist(), cuts[1:].tolist()):           # depths of a segment in this path
+            if end - begin < long:
+                short.append(np.arange(begin, end))
+                continue
+            keys = slice(int(path[begin]), int(path[begin]) + end - begin)
+            if begin >= known:
+                causal.append(Part(slice(place(begin), place(end)), keys, causal=True))
+            if place(end) < place(len(path)):
+                before = below.get(keys.start)
+                below[keys.start] = (keys, before[1] if before else place(end), place(len(path)))
+        if short:
+            depths = np.concatenate(short)
+            blocks.append((path[depths], depths, max(int(depths[0]), known), len(path), place(max(int(depths[0]), known))))
+        first += len(path) - known
+    new = np.concatenate([path[known:] for known, path in zip(knowns, paths)])
+    parts = [*causal, *(Part(slice(start, end), keys) for keys, start, end in below.values())]
+    return new, parts + ([_blocks(blocks)] if any(b[2] < b[3] for b in blocks) else [])
+
+
+def _segment_starts(knowns: list[int], paths: list[np.ndarray]) -> np.ndarray:
+    """Of each node whether a segment begins there: at roots, at first new nodes, behind branches, and where numbers jump."""
+    everything = np.concatenate(paths)
+    seen_by = np.bincount(everything)                   # paths through each node: fewer behind a branch
+    starts = np.zeros(len(seen_by), bool)
+    for known, path in zip(knowns, paths):
+        starts[path[:1]] = True
+        starts[path[known:known + 1]] = True
+        starts[path[1:][(np.diff(path) != 1) | (np.diff(seen_by[path]) != 0)]] = True
+    return starts
+
+
+def _blocks(rows: list[tuple]) -> Part:
+    """Rows (short nodes, their depths, depth of the first query, of the end, the first query's place) as one padded part."""
+    longest = max(len(nodes) for nodes, *_ in rows)
+    size = min(max(end - begin for _, _, begin, end, _ in rows), max(64, longest // 8))     # so keys are gathered 8 times at the most
+    which, depths, places, lefts = [], [], [], []       # of each block: its row, its first query's depth and place, how many
+    for row, (_, _, begin, end, place) in enumerate(rows):
+        for depth in range(begin, end, size):
+            which.append(row)
+            depths.append(depth)
+            places.append(place + depth - begin)
+            lefts.append(min(end - depth, size))
+    keys = np.zeros((len(rows), longest), np.int64)
+    key_depths = np.full((len(rows), longest), np.iinfo(np.int64).max)      # padding is deeper than any query
+    for row, (nodes, own, *_) in enumerate(rows):
+        keys[row, :len(nodes)] = nodes
+        key_depths[row, :len(nodes)] = own
+    offset = np.minimum(np.arange(size), np.array(lefts)[:, None] - 1)      # (blocks, size), the last query repeated
+    seen = key_depths[which][:, None] <= (np.array(depths)[:, None] + offset)[..., None]        # (blocks, size, longest)
+    mask = np.where(seen, np.float32(0), np.float32(-np.inf))[:, None]
+    inside = np.flatnonzero(np.arange(size) < np.array(lefts)[:, None])
+    return Part(np.array(places)[:, None] + offset, keys[which], False, mask, inside)
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -250,57 +458,167 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
+def fp32_head(head: Tensor) -> Tensor:
+    """The vocabulary projection (V, D) as `fp32_logits` multiplies it fastest: on the CPU a copy in fp32."""
+    return head.float() if head.device.type == "cpu" else head
+
+
+def fp32_logits(hidden: Tensor, head: Tensor) -> Tensor:
+    """hidden (N, D), head (V, D) -> logits (N, V) in fp32, never rounded to the dtype of either: sampled and trained log-probs
+    of one token would differ by that rounding, 0.06 for a bf16 logit of 20."""
+    if hidden.device.type == "cuda" and hidden.dtype == head.dtype != torch.float and hasattr(torch.ops.aten.mm, "dtype"):
+        return torch.mm(hidden, head.t(), out_dtype=torch.float)
+    return F.linear(hidden.float(), head.float())
+
+
+def memory_of(device: torch.device) -> int:
+    """All bytes of the device (not those that are free: what follows from it must not change from run to run)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def node_bytes(config: ModelConfig, like: Tensor) -> int:
+    """What the keys and values of one token take, in the dtype of `like`."""
+    return 2 * config.layers * config.kv_heads * config.head_dim * like.element_size()
+
+
+def activation_bytes(model: "Transformer") -> int:
+    """What a token keeps, about, between the forward and the backward pass: in each layer some eight states, four times its
+    queries, keys and values, five times the MLP's; with checkpointing one state."""
+    c = model.config
+    layer = 8 * c.hidden_size + 4 * (c.heads + 2 * c.kv_heads) * c.head_dim + 5 * c.intermediate_size
+    return (c.layers * c.hidden_size + layer if model.checkpointing else c.layers * layer) * model.head.element_size()
+
+
+def fast_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it faster and the LM is large enough (width 512) for products to be what it waits for;
+    else float32."""
+    if device.type == "cuda":
+        faster = torch.cuda.is_bf16_supported()
+    else:
+        supports = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")      # torch names them so from 2.6 on
+        faster = any(getattr(torch.cpu, name, lambda: False)() for name in supports)
+    return torch.bfloat16 if faster and config.hidden_size >= 512 else torch.float32
+
+
+def nodes_for(config: ModelConfig, like: Tensor) -> int:
+    """Nodes of shared prefixes that the sampler may keep: those of a sixteenth of the device's memory."""
+    return memory_of(like.device) // 16 // node_bytes(config, like)
+
+
+def slots_for(config: ModelConfig, like: Tensor) -> int:
+    """Sequences that decode together: 64, or fewer where an eighth of the device's memory does not hold 1,024 own tokens of each."""
+    return max(1, min(64, memory_of(like.device) // 8 // (1024 * node_bytes(config, like))))
+
+
 class KVCache:
-    """Keys and values of prefixes and of `slots` sequences. `pool` (2, layers, nodes, K, d) holds prefixes, as nodes of a forest. The
-    first `trunk` of them are attended to where they are: sees[s, i] says whether slot s does to node i, `shared` (slots,) to how many.
-    The rest of a sequence is its own: `kv` (2, layers, slots, K, size, d), `lengths` (slots,)."""
-    def __init__(self, config: ModelConfig, slots: int, trunk: int, device=None, dtype=None):
-        new = lambda *shape, dtype=torch.long: torch.zeros(shape, device=device, dtype=dtype)
-        self.kv = new(2, config.layers, slots, config.kv_heads, 0, config.head_dim, dtype=dtype)
-        self.pool = new(2, config.layers, 0, config.kv_heads, config.head_dim, dtype=dtype)
-        self.lengths, self.shared, self.sees = new(slots), new(slots), new(slots, trunk, dtype=torch.bool)
+    """Keys and values of prefixes, and of `slots` sequences that decode.
 
-    def grow(self, size: int, nodes: int) -> bool:
-        """Make room for `size` tokens a slot and `nodes` nodes in the pool, in steps of 64 tokens and of half as much again; say
-        whether there was need to."""
-        if (tokens := size - self.kv.shape[4]) > 0:
-            self.kv = F.pad(self.kv, (0, 0, 0, -(-tokens // 64) * 64))
-        if (more := nodes - self.pool.shape[2]) > 0:
+    `pool` (2, layers, nodes, K, d) holds prefixes as nodes of a forest. A sequence attends to the long ranges of its prefix
+    where they lie, however many share them; what is short of it, and what it samples, is its own: `kv` (2, layers, slots, K,
+    size, d), of which `lengths` (slots,) tokens are there. `positions` (slots,) is the place of its next token."""
+    LONG = 64           # nodes in a row from which a prefix is attended to in place
+
+    def __init__(self, config: ModelConfig, slots: int, device=None, dtype=None):
+        self.kv = torch.zeros(2, config.layers, slots, config.kv_heads, 0, config.head_dim, device=device, dtype=dtype)
+        self.pool = torch.zeros(2, config.layers, 0, config.kv_heads, config.head_dim, device=device, dtype=dtype)
+        self.lengths, self.positions = torch.zeros(2, slots, device=device, dtype=torch.long)
+        self.ranges: list[list[tuple[int, int]]] = [[] for _ in range(slots)]       # of the pool, that a slot sees in place
+        self.replaced = False                               # a buffer that CUDA graphs may have recorded is gone
+
+    def reserve(self, nodes: int) -> None:
+        """Make room for `nodes` nodes in the pool, and half as many again."""
+        more = nodes - self.pool.shape[2]
+        if more > 0:
             self.pool = F.pad(self.pool, (0, 0, 0, 0, 0, max(more, nodes // 2)))
-        return max(tokens, more) > 0
+            self.replaced = True
 
-    def place(self, slots: list[int], paths: list[tuple[int, list[int]]]):
-        """Give sequences their slots. `paths` are pairs (in_trunk, path): path[:in_trunk] lie in the trunk and are seen there,
-        the others are copied to be the slot's own."""
-        self.sees[slots] = False
-        for slot, (in_trunk, path) in zip(slots, paths):
-            self.sees[slot, path[:in_trunk]] = True
-        counts = torch.tensor([(in_trunk, len(path) - in_trunk) for in_trunk, path in paths], device=self.lengths.device)
-        self.shared[slots], self.lengths[slots] = counts.unbind(1)
-        own = [(slot, i, node) for slot, (in_trunk, path) in zip(slots, paths) for i, node in enumerate(path[in_trunk:])]
-        slot, i, node = torch.tensor(own, device=self.lengths.device).unbind(1)
-        self.kv[:, :, slot, :, i] = self.pool[:, :, node].permute(2, 0, 1, 3, 4)
+    def place(self, slots: list[int], paths: list[list[int]], kept: int, room: int) -> int:
+        """Give sequences, the nodes of whose tokens are in the pool, their slots, and `room` for as many tokens more. Nodes from
+        `kept` on will not stay where they are. Returns how many own tokens one of them has at the most."""
+        own = []                                            # of each sequence the nodes that are copied
+        for slot, path in zip(slots, paths):
+            stay = bisect_left(path, True, key=lambda node: node >= kept)       # a path leaves the kept nodes once
+            ranges = contiguous_ranges(path[:stay])
+            self.ranges[slot] = [(start, end) for start, end in ranges if end - start >= self.LONG]
+            short = [node for start, end in ranges if end - start < self.LONG for node in range(start, end)]
+            own.append(short + path[stay:])
+        lengths = [len(nodes) for nodes in own]
+        missing = max(lengths) + room - self.kv.shape[4]
+        if missing > 0:
+            self.kv = F.pad(self.kv, (0, 0, 0, round_up(missing, 64)))
+            self.replaced = True
+        tensor = lambda x: torch.tensor(x, device=self.lengths.device)
+        self.lengths[slots] = tensor(lengths)
+        self.positions[slots] = tensor([len(path) for path in paths])
+        copied = [(slot, at, node) for slot, nodes in zip(slots, own) for at, node in enumerate(nodes)]
+        if copied:
+            slot, at, node = tensor(copied).unbind(1)
+            self.kv[:, :, slot, :, at] = self.pool[:, :, node].permute(2, 0, 1, 3, 4)
+        return max(lengths)
 
-    def decode(self, n: int, longest: int, nodes: int):
-        """Append one token to each of the first n slots, at most `longest` of its own afterwards; attend over `nodes` of the trunk,
-        as one product for all slots, and over each slot's own. attend(layer, q (n, H, 1, d), k, v (n, K, 1, d)) -> (n, H, 1, d)"""
+    def shared(self, n: int) -> list[tuple[slice, list[int]]]:
+        """The ranges of the pool that the first n slots see in place, cut where fewer go on: (range, its slots)."""
+        ends: dict[int, dict[int, list[int]]] = {}          # ranges that overlap begin at the same node: start -> end -> slots
+        for slot, ranges in enumerate(self.ranges[:n]):
+            for start, end in ranges:
+                ends.setdefault(start, {}).setdefault(end, []).append(slot)
+        parts = []
+        for start, slots_of in ends.items():
+            for end in sorted(slots_of):
+                parts.append((slice(start, end), sorted(s for e, slots in slots_of.items() if e >= end for s in slots)))
+                start = end
+        return parts
+
+    def decode(self, n: int, longest: int, shared: list[tuple[slice, Tensor | None]], sees: Tensor | None = None):
+        """Append one token to each of the first n slots, at most `longest` of its own afterwards.
+
+        `shared` is what `shared(n)` gives, with the slots as tensors. In shapes that recur (CUDA graphs) these are None: every
+        range is scored for all n, and sees (ranges, slots) says which of them see it.
+        attend(layer, q (1, H, n, d), k (1, K, n, d), v) -> (1, H, n, d)"""
         row, end = torch.arange(n, device=self.lengths.device), self.lengths[:n]
-        seen = torch.cat((self.sees[:n, :nodes], torch.arange(longest, device=end.device) <= end[:, None]), 1)
-        bias = torch.zeros(seen.shape, device=end.device).masked_fill_(~seen, -math.inf)[:, None, None]     # (n, 1, 1, all)
-        once = lambda x, y: (x.transpose(0, 1).flatten(1, 2) @ y).unflatten(1, (n, -1)).transpose(0, 1)     # for all slots
+        unseen = torch.arange(longest, device=end.device) > end[:, None]                                # (n, longest)
+        mask = torch.zeros(unseen.shape, device=end.device).masked_fill_(unseen, -math.inf)[:, None, None]
         def attend(layer, q, k, v):
-            own, pool = self.kv[:, layer, :n, :, :longest], self.pool[:, layer, :nodes]     # (2, n, K, longest, d), (2, nodes, K, d)
-            self.kv[0, layer, row, :, end], self.kv[1, layer, row, :, end] = k[:, :, 0], v[:, :, 0]
-            q = q.view(n, k.shape[1], -1, q.shape[-1])                                                      # (n, K, H/K, d)
-            scores = torch.cat((once(q, pool[0].permute(1, 2, 0)), q @ own[0].transpose(2, 3)), -1)
-            p = torch.add(bias, scores, alpha=q.shape[-1] ** -0.5).softmax(-1).to(q.dtype)
-            return (once(p[..., :nodes], pool[1].transpose(0, 1)) + p[..., nodes:] @ own[1]).flatten(1, 2)[:, :, None]
+            self.kv[0, layer, row, :, end] = k[0].transpose(0, 1)
+            self.kv[1, layer, row, :, end] = v[0].transpose(0, 1)
+            own_keys, own_values = self.kv[:, layer, :n, :, :longest]                                   # (n, K, longest, d) each
+            out, lse = flash(q[0].transpose(0, 1)[:, :, None], own_keys, own_values, mask=mask)         # (n, H, 1, d)
+            if not shared:
+                return out.transpose(0, 2)
+            out, lse = out[:, :, 0].transpose(0, 1).float(), lse[:, :, 0].transpose(0, 1).contiguous()  # (H, n, d), (H, n)
+            for i, (nodes, slots) in enumerate(shared):
+                at = slice(None) if slots is None else slots
+                keys, values = self.pool[:, layer, nodes].transpose(1, 2)[:, None]                      # (1, K, range, d) each
+                part_out, part_lse = flash(q[:, :, at], keys, values)
+                if slots is None:
+                    part_lse = part_lse.masked_fill(~sees[i, :n], -math.inf)
+                merge(out, lse, at, part_out[0], part_lse[0])
+            return out.to(q.dtype)[None]
         return attend
 
-    def move(self, source: int, target: int):
+    def move(self, source: int, target: int) -> None:
         self.kv[:, :, target] = self.kv[:, :, source]
-        for state in (self.lengths, self.shared, self.sees):
+        self.ranges[target] = self.ranges[source]
+        for state in (self.lengths, self.positions):
             state[target] = state[source]
+
+    def free(self, slot: int) -> None:
+        self.ranges[slot] = []
+        self.lengths[slot] = self.positions[slot] = 0
+
+
+def contiguous_ranges(path: list[int]) -> list[tuple[int, int]]:
+    """[4, 5, 6, 9] -> [(4, 7), (9, 10)]"""
+    path = np.asarray(path, np.int64)
+    cuts = np.flatnonzero(np.diff(path) != 1) + 1
+    firsts, lasts = path[np.append(0, cuts)[:len(path)]], path[np.append(cuts, len(path))[:len(path)] - 1]
+    return [(first, last + 1) for first, last in zip(firsts.tolist(), lasts.tolist())]
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
 
 
 # --------------------------------------------------------------------------------------------------- checkpoints
@@ -324,14 +642,15 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def load_pretrained(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Transformer, Tokenizer]:
-    """A checkpoint folder in Hugging Face layout -> (Transformer, Tokenizer). Raises CheckpointError where a file is missing or
+def load_pretrained(path: str | Path, device: str = "cpu", dtype: torch.dtype | None = torch.float32) -> tuple[Transformer, Tokenizer]:
+    """A checkpoint folder in Hugging Face layout -> (Transformer, Tokenizer); without a dtype in `fast_dtype`. Raises CheckpointError where a file is missing or
     corrupt, or a tensor is missing, unknown or of a wrong shape."""
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint folder")
     tokenizer = Tokenizer(folder)
     config = ModelConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+    dtype = dtype or fast_dtype(config, torch.device(device))
     if config.vocab_size < tokenizer.size:
         raise CheckpointError(f"{folder}: vocab_size {config.vocab_size} is smaller than the tokenizer's {tokenizer.size}")
     found = {n: t for n, t in read_tensors(folder).items() if not n.endswith("rotary_emb.inv_freq")}   # old exports

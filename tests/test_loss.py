@@ -3,6 +3,7 @@ import copy
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,10 +11,11 @@ from conftest import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import trajectory, trajectory_sets
+from test_tree import pairs_seen
 
 import mmgrpo as G
 from lora import add_lora
-from model import TreeAttention, trainable
+from model import forest_parts, trainable
 from program import STATUSES, Completion
 
 VOTING = tuple(s for s in STATUSES if s != "tool_error")
@@ -384,14 +386,16 @@ def test_micro_batches_hold_every_row_once_within_the_budget(sizes, budget):
         assert len(t.at) == sum(len(r.completion.token_ids) for r in t.rows) and len(t.ids) == len(t.positions)
 
 
-@given(row_lists)
-def test_every_distinct_prefix_is_one_node_that_sees_its_own_tokens_in_order(rows):
+@given(row_lists, st.sampled_from([1, 3, 128]))
+def test_every_distinct_prefix_is_one_node_that_sees_its_own_tokens(rows, long):
     for tree in G.pack(rows, 10_000):
-        attend, prefixes = TreeAttention(tree.paths), []
-        for node, (block, query) in enumerate(divmod(int(i), attend.queries.shape[1]) for i in attend.where):
-            own = attend.keys[block][attend.seen[block, 0, query]].tolist()
-            assert attend.new[node] == node
-            assert attend.queries[block, query] == node == own[-1] and [tree.positions[i] for i in own] == list(range(len(own)))
+        new, parts = forest_parts(tree.paths, long)
+        assert new.tolist() == list(range(len(tree.ids)))
+        prefixes = []
+        for node, seen in enumerate(pairs_seen(parts, len(tree.ids))):
+            own = np.flatnonzero(seen)
+            assert seen.max() == 1 and own[-1] == node      # each of its ancestors and itself, once
+            assert [tree.positions[i] for i in own] == list(range(len(own)))
             prefixes.append(tuple(tree.ids[i] for i in own))
         assert len(set(prefixes)) == len(prefixes)
         for row, (_, path) in zip(tree.rows, tree.paths):

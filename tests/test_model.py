@@ -157,49 +157,6 @@ def test_training_and_evaluation_are_the_same_function():
     assert torch.equal(model.train()(ids), model.eval()(ids)) and torch.equal(model.train()(ids), model(ids))
 
 
-@given(st.lists(st.lists(st.integers(0, 49), min_size=1, max_size=9), min_size=1, max_size=4), st.lists(st.integers(0, 49), max_size=5),
-       st.sampled_from([2, 4]), st.data())
-def test_decoding_with_the_cache_equals_the_whole_sequence(tails, prefix, kv_heads, data):
-    """Prompts with a common prefix, kept once, are prefilled together into shuffled slots, then decoded step by step."""
-    model, n, shared = make_model(vocab_size=50, num_key_value_heads=kv_heads), len(tails), len(prefix)
-    rows = [prefix + t for t in data.draw(st.permutations(tails))]                      # slot -> sequence
-    cut = [data.draw(st.integers(shared + 1, len(r))) for r in rows]
-    cache, ids, paths = M.KVCache(model.config, n + 1, 16), list(prefix), []
-    for r, c in zip(rows, cut):
-        paths.append((shared, [*range(shared), *range(len(ids), len(ids) + c - shared)]))
-        ids += r[shared:c]
-    chains = [(0, list(range(shared)))] * bool(prefix) + paths
-    positions = [i for s, path in chains for i in range(s, len(path))]
-    slots = data.draw(st.permutations(range(n)))
-    with torch.no_grad():
-        want = [model(torch.tensor([r]))[0] for r in rows]
-        cache.grow(12, len(ids))
-        model(torch.tensor([ids]), torch.tensor([positions]), M.TreeAttention(chains, pool=cache.pool))
-        cache.place(list(slots), paths)
-        rows, cut, want = ([x[slots.index(i)] for i in range(n)] for x in (rows, cut, want))
-        for step in range(max(len(r) - c for r, c in zip(rows, cut))):
-            last = torch.tensor([[r[min(c + step, len(r) - 1)]] for r, c in zip(rows, cut)])
-            at = (cache.shared + cache.lengths)[:n, None]
-            hidden = model(last, at, cache.decode(n, int(cache.lengths[:n].max()) + 1, shared))
-            cache.lengths[:n] += 1
-            for i, (r, c) in enumerate(zip(rows, cut)):
-                if c + step < len(r):
-                    torch.testing.assert_close(hidden[i, 0], want[i][c + step], atol=2e-5, rtol=1e-4)
-
-
-def test_a_sequence_moves_with_all_that_is_cached_of_it():
-    model, cache = make_model(vocab_size=50), M.KVCache(make_model(vocab_size=50).config, 4, 8)
-    with torch.no_grad():
-        cache.grow(5, 4)
-        model(torch.tensor([[1, 2, 3, 4]]), torch.tensor([[0, 1, 2, 2]]), M.TreeAttention([(0, [0, 1, 2]), (2, [0, 1, 3])], pool=cache.pool))
-        cache.place([0, 2], [(2, [0, 1, 2]), (1, [0, 1, 3])])
-        assert cache.lengths.tolist() == [1, 0, 2, 0] and cache.shared.tolist() == [2, 0, 1, 0]
-        assert cache.sees[:, :3].tolist() == [[True, True, False], [False] * 3, [True, False, False], [False] * 3]
-        assert torch.equal(cache.kv[:, :, 2, :, 1], cache.pool[:, :, 3]) and not cache.kv[:, :, 1].any()
-        cache.move(2, 1)
-        assert all(torch.equal(x[1], x[2]) for x in (cache.lengths, cache.shared, cache.sees)) and torch.equal(cache.kv[:, :, 1], cache.kv[:, :, 2])
-
-
 # ------------------------------------------------------------------------------------------------------ checkpoints
 
 @pytest.fixture

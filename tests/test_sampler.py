@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mmgrpo as G
+from model import KVCache, TreeAttention
 
 chat = lambda text: [{"role": "user", "content": text}]
 prompts = st.lists(st.sampled_from(["a", "hello", "a longer prompt than the others", "Tarel Moro", ""]), min_size=1, max_size=7)
@@ -19,8 +20,8 @@ prompts = st.lists(st.sampled_from(["a", "hello", "a longer prompt than the othe
 @pytest.fixture(autouse=True)
 def sharing(monkeypatch):
     """Tests may change what the sampler shares."""
-    for name in ("TRUNK", "POOL"):
-        monkeypatch.setattr(G.Sampler, name, getattr(G.Sampler, name))
+    for owner, name in ((G.Sampler, "SHARE"), (KVCache, "LONG"), (TreeAttention, "LONG")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
 
 
 def sample(model, tokenizer, texts, keys=None, **options):
@@ -60,12 +61,15 @@ def abrupt(tokenizer):
 
 
 @settings(max_examples=40)
-@given(prompts, st.integers(1, 5), st.sampled_from([0.5, 1.0, 1.7]), 
-       st.sampled_from([(1, 0), (1, 12), (8, 512), (16, 512)]), st.sampled_from([(1, 520), (4, 600), (16, 8192)]))
-def test_batched_sampling_equals_one_request_alone(model, abrupt, texts, slots, temperature, trunk, pool):
+@given(prompts, st.integers(1, 5), st.sampled_from([0.5, 1.0, 1.7]), st.sampled_from([1, 4, 16]),
+       st.sampled_from([1, 5, 64]), st.sampled_from([0, 10, 40, 10_000]))
+def test_batched_sampling_equals_one_request_alone(model, abrupt, texts, slots, temperature, share, long, pool):
     """Same tokens, log-probs to 1e-5, whatever the batch-mates, the slots, the order of arrival and the prefixes in the pool."""
-    tokenizer, G.Sampler.TRUNK, G.Sampler.POOL = abrupt, trunk, pool
-    for i, c in enumerate(sample(model, tokenizer, texts, slots=slots, temperature=temperature)):
+    tokenizer, G.Sampler.SHARE, KVCache.LONG, TreeAttention.LONG = abrupt, share, long, long
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(G, "nodes_for", lambda config, like: pool)
+        completions = sample(model, tokenizer, texts, slots=slots, temperature=temperature)
+    for i, c in enumerate(completions):
         tokens, logprobs = slow_sample(model, tokenizer, texts[i], (i,), temperature=temperature)
         assert c.token_ids == tokens and c.prompt_ids == tokenizer.encode_chat(chat(texts[i]))
         assert c.logprobs == pytest.approx(logprobs, abs=1e-5, rel=3e-6)
@@ -75,7 +79,7 @@ def test_batched_sampling_equals_one_request_alone(model, abrupt, texts, slots, 
 @given(prompts, st.integers(1, 8), st.sampled_from([1, 8]))
 def test_decoding_in_the_shapes_of_cuda_graphs_equals_decoding_as_it_comes(model, abrupt, texts, slots, times):
     """What a CUDA machine runs, without the graphs: free slots in a rounded shape touch nothing."""
-    G.Sampler.TRUNK, init = (8, 512), G.Sampler.__init__
+    G.Sampler.SHARE, KVCache.LONG, init = 8, 8, G.Sampler.__init__
     abrupt.end_ids = frozenset(range(0, 2048, 3 if times == 1 else 15))
     texts, steps = texts * times, []
     want = sample(model, abrupt, texts, slots=slots, max_tokens=12)
@@ -205,7 +209,7 @@ def test_ids_that_the_tokenizer_lacks_cannot_be_drawn(tokenizer):
 
 def test_every_distinct_prefix_is_prefilled_once(model, tokenizer):
     """All but the last token of each prompt, which every request has for itself; what came before serves what comes later."""
-    G.Sampler.TRUNK, forwarded = (1, 512), []
+    G.Sampler.SHARE, forwarded = 1, []
     hook = model.register_forward_pre_hook(lambda m, args: forwarded.append(args[0].numel()))
     sampler = G.Sampler(model, tokenizer, slots=16, max_tokens=1)
     texts = ["Tarel Moro lies on the river"] * 8 + ["Tarel Moro lies on the sea"] * 2 + ["another"]
@@ -215,7 +219,8 @@ def test_every_distinct_prefix_is_prefilled_once(model, tokenizer):
             sampler.submit(chat(t), (i,))
         sampler.advance()
     hook.remove()
-    assert forwarded == [len({tuple(p[:n]) for p in ids for n in range(1, len(p))}) + 11, 10]
+    prefills = forwarded[::2]                               # each is followed by a decode step
+    assert prefills == [len({tuple(p[:n]) for p in ids for n in range(1, len(p))}) + 11, 10]
 
 
 def test_a_finished_slot_is_refilled_at_once(model, abrupt, monkeypatch):
@@ -236,19 +241,18 @@ def test_a_finished_slot_is_refilled_at_once(model, abrupt, monkeypatch):
 
 
 def test_a_long_prompt_among_short_ones_is_prefilled_in_bounded_memory(tokenizer, monkeypatch):
-    """No pass holds more scores than its longest prompt, and 8,192 tokens that each see as much, would."""
+    """A long prompt is a range of its own: no mask has its length, and the short ones are not padded to it."""
     model, ids_only, passes = make_model(max_position_embeddings=4096), copy.copy(tokenizer), []
     ids_only.encode_chat = lambda ids: ids
     attention = G.TreeAttention
     monkeypatch.setattr(G, "TreeAttention", lambda *a: passes.append(attention(*a)) or passes[-1])
-    sampler, rng = G.Sampler(model, ids_only, slots=121, max_tokens=1), np.random.default_rng(0)
+    sampler, rng = G.Sampler(model, ids_only, slots=121, max_tokens=2), np.random.default_rng(0)
     for i, length in enumerate([20] * 60 + [2000] + [20] * 60):
         sampler.submit(rng.integers(5, 2000, length).tolist(), (i,))
     done = sampler.advance()
-    assert len(done) == 121 and max(p.keys.shape[1] for p in passes) == 2000
-    for p in passes:
-        longest = p.keys.shape[1]
-        assert p.seen.numel() <= (longest + 8192) * longest
+    assert len(done) == 121 and sum(len(p.new) for p in passes) == 120 * 20 + 2000
+    for part in [part for p in passes for part in p.parts]:
+        assert part.causal or part.mask.shape[2:] == (20, 20)
 
 
 def test_no_two_requests_of_a_step_share_their_random_numbers(model, tokenizer):

@@ -420,19 +420,22 @@ def test_a_step_of_a_run_with_lora_is_replayed_with_its_adapters(tmp_path, capsy
 
 @pytest.mark.parametrize("fault", ["position", "temperature", "stale", "nan"])
 def test_a_fault_in_sampler_or_trainer_trips_the_parity_gate(model, tokenizer, monkeypatch, noisy, fault):
+    place = M.KVCache.place
     if fault == "position":
-        forward = M.Transformer.forward
-        shifted = lambda positions: None if positions is None else positions + (positions.shape[1] == 1)        # when decoding
-        monkeypatch.setattr(M.Transformer, "forward", lambda self, ids, positions=None, *a, **k: forward(self, ids, shifted(positions), *a, **k))
+        def shifted(self, slots, *args):
+            longest = place(self, slots, *args)
+            self.positions[slots] += 1
+            return longest
+        monkeypatch.setattr(M.KVCache, "place", shifted)
     if fault == "temperature":
         head = G.head_gradient
         monkeypatch.setattr(G, "head_gradient", lambda h, w, y, t, *rest: head(h, w, y, 1.0, *rest))
     if fault == "stale":
-        place = M.KVCache.place
         def stale(self, *args):                             # the slots keep what they had
             kept = self.kv.clone()
-            place(self, *args)
-            self.kv = kept
+            longest = place(self, *args)
+            self.kv[:, :, :, :, :kept.shape[4]] = kept
+            return longest
         monkeypatch.setattr(M.KVCache, "place", stale)
     if fault == "nan":
         original = G.head_gradient
