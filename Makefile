@@ -50,7 +50,7 @@ mutants: .venv/ready
 conformance: .venv/ready
 	$(PY) tests/test_conformance.py $(if $(IMPL),"$(IMPL)")
 
-# The exact gradient of a program small enough to write down, and the bias of every estimator (R runs; 3 takes a minute).
+# The exact gradient of a program small enough to write down, and the bias of every estimator (R runs; 3 takes three minutes).
 oracle: .venv/ready
 	$(PY) tests/oracle.py $(R)
 

@@ -39,7 +39,7 @@ class Config:
     group_size: int = 0             # keep this many members a group, evenly spaced by reward (0: all)
     baseline: str = "group"         # mean reward of the group, or of the example's runs
     leave_one_out: bool = False     # leave a member's own reward out of its baseline
-    scale_rewards: str = "std"      # divide advantages by the standard deviation of the rewards, or none
+    scale_rewards: str = "std"      # divide advantages by the standard deviation of the group's rewards, of the step's (batch), or none
     # what is trained
     lora_rank: int = 0              # of LoRA; 0 trains all weights
     lora_alpha: float = 64.0        # LoRA is scaled by this over the rank
@@ -50,6 +50,9 @@ class Config:
     clip_low: float = 0.2           # the ratio is clipped to 1 - clip_low …
     clip_high: float = 0.2          # … and 1 + clip_high
     beta: float = 0.0               # weight of the KL divergence from the starting weights
+    correction: str = "none"        # of the mismatch between sampled and trained log-probs (bfloat16): none, tis or icepop
+    entropy_target: float = 0.0     # nats per token: the loss has an entropy bonus while sampling is below it (0: never)
+    entropy_coef: float = 0.1       # weight of the entropy bonus at entropy 0; it falls in a straight line to 0 at the target
     # prompts
     strategy: str = "w"             # stages in turn, w: train weights, p: search prompts; "p -> w", "(p -> w) x 3", …
     budget: int = 0                 # rollouts of the whole strategy, shared evenly by its stages (0: as --steps and --trials say)
@@ -81,7 +84,8 @@ class Config:
 
     def __post_init__(self):
         choices = {"level": ("call", "trajectory"), "short_groups": ("keep", "truncate", "fill"), "baseline": ("group", "example"),
-                   "scale_rewards": ("std", "none"), "normalize": ("sequence", "token", "constant"),
+                   "scale_rewards": ("std", "batch", "none"), "normalize": ("sequence", "token", "constant"),
+                   "correction": ("none", "tis", "icepop"),
                    "dtype": ("auto", "float32", "bfloat16"), "split": ("train", "dev", "test")}
         positive = ("examples", "rollouts", "max_tokens", "max_calls", "inner_epochs", "eval_every", "minibatch", "full_every")
         for f in dataclasses.fields(self):

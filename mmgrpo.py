@@ -399,8 +399,14 @@ def advantages(groups: list[Group], trajectories: list[Trajectory], baseline: st
 
     The baseline is the mean reward of the group, or of all voting runs of its example; `leave_one_out` takes the member's
     own out of it. The standard deviation (ddof 1) is that of the same rewards, the member's included. Where these are
-    equal, or there is but one, every advantage is exactly 0."""
+    equal, or there is but one, every advantage is exactly 0.
+
+    scale_rewards="batch" (REINFORCE++ with baseline, arXiv 2501.03262): one standard deviation for
+    the whole step, of all members of all groups around their own baselines,
+        sqrt(sum (r - mean)^2 / (members - 1)).
+    A group of tiny differences is then not blown up by its own."""
     result = []
+    squares: list[float] = []                               # of the members' distances to their means
     for g in groups:
         pool = rewards = np.array([m.reward for m in g.members])
         if baseline == "example":
@@ -408,12 +414,18 @@ def advantages(groups: list[Group], trajectories: list[Trajectory], baseline: st
         a = np.zeros(len(rewards))
         if (pool != pool[0]).any():
             a = rewards - pool.mean()
+            squares.extend(a**2)
             if leave_one_out:
                 a *= len(pool) / (len(pool) - 1)            # r - mean of the others
             if scale_rewards == "std":
                 a /= pool.std(ddof=1) + 1e-4
-        result.append(a.tolist())
-    return result
+        result.append(a)
+    if scale_rewards == "batch":
+        members = sum(len(a) for a in result)
+        # fsum: the same to the last bit in whatever order the groups come
+        spread = math.sqrt(math.fsum(squares) / max(members - 1, 1))
+        result = [a / (spread + 1e-4) for a in result]
+    return [a.tolist() for a in result]
 
 
 # ---------------------------------------------------------------------------------------------- loss (Eq. 7, Eq. 9)
@@ -425,6 +437,9 @@ class Row:
     advantage: float
     weight: float
     where: str = ""                 # which call of which run
+    # [T] log-probs by the training forward at the weights that sampled; with a correction,
+    # the first pass over the row leaves them here for the later ones
+    trained: list[float] = field(default_factory=list, compare=False, repr=False)
 
 
 def weigh(groups: list[Group], advantages: list[list[float]], trajectories: list[Trajectory],
@@ -464,36 +479,99 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature:
 
 
 @torch.no_grad()
-def head_gradient(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, loss: Callable[[Tensor, slice], Tensor],
-                  d_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def head_gradient(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, loss: Callable[..., Tensor],
+                  d_weight: Tensor | None = None, entropies: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """hidden (N, D), weight (V, D), targets (N,) -> their log-probs (N,) and d loss / d hidden (N, D); d loss / d weight is added to
     d_weight, fp32 (V, D), if given. `loss(log-probs of a chunk, its slice)` must be a sum over tokens: then a chunk's gradient is
-    known as soon as its logits are, which are never kept, nor computed a second time."""
+    known as soon as its logits are, which are never kept, nor computed a second time.
+
+    `entropies` (N,), if given, is filled with each token's H = -sum_v p_v log p_v, in nats, of the
+    whole distribution. The loss then takes a chunk's as its third argument, and has a gradient with
+    respect to them as well: dH / dlogit_v = -p_v (log p_v + H) / temperature."""
     logprobs, d_hidden = [], torch.empty_like(hidden)
     for rows, logp, y in _log_softmax(hidden, weight, targets, temperature):
         logprobs.append(logp.gather(1, y)[:, 0])
+        known = [logprobs[-1]]                              # what the loss is a function of
+        if entropies is not None:
+            entropies[rows] = -logp.exp().mul_(logp).sum(-1)
+            known.append(entropies[rows].clone())
         with torch.enable_grad():
-            g, = torch.autograd.grad(loss(logprobs[-1].requires_grad_(), rows), logprobs[-1])
+            log_p, *entropy = (x.requires_grad_() for x in known)
+            g, *h = torch.autograd.grad(loss(log_p, rows, *entropy), known)
         g = g[:, None] / temperature
-        d_logits = logp.exp_().mul_(-g).scatter_add_(1, y, g)           # (rows, V): (one-hot - softmax) dloss/dlogp / temperature
+        pull = -g                                           # on each logit, per unit of its probability
+        if entropies is not None:
+            h = h[0][:, None] / temperature                                                 # (rows, 1)
+            pull = pull - h * (logp + entropies[rows, None])                                # (rows, V)
+        d_logits = logp.exp_().mul_(pull).scatter_add_(1, y, g)         # (rows, V): (one-hot - softmax) dloss/dlogp / temperature
         d_hidden[rows] = d_logits.to(weight.dtype) @ weight
         if d_weight is not None:
             d_weight.addmm_(d_logits.t(), hidden[rows].float())
     return torch.cat(logprobs).detach(), d_hidden
 
 
-def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weights: Tensor, clip_low: float = 0.2,
-                clip_high: float = 0.2, beta: float = 0.0, ref_logprobs: Tensor | None = None) -> Tensor:
-    """The mmGRPO loss of N tokens, all arguments (N,): with rho = pi / pi_old,
+TIS_CAP = 2.0                       # C of truncated importance sampling
+ICEPOP_LOW, ICEPOP_HIGH = 0.5, 5.0  # C_min and C_max of IcePop, as in its paper
 
-        L = - sum_t w_t [ min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A) - beta KL_t ]          (Eq. 7)
+
+def correction_factors(trained: Tensor, sampled: Tensor, correction: str) -> Tensor:
+    """Sampled tokens' log-probs (N,) by the training forward and by the sampler, at the same weights
+    -> the constant c (N,) that each token's term of the loss is multiplied by.
+
+    The two differ where they round differently (bf16): tokens are drawn from the sampler's
+    distribution, and the gradient is of the trainer's. With m = pi_trained / pi_sampled,
+
+        tis     c = min(m, C)               truncated importance sampling, fengyao.notion.site/off-policy-rl
+        icepop  c = m 1[C_min <= m <= C_max]                                 IcePop, arXiv 2510.18855
+        none    c = 1; pi_old is then the sampler's, and the clip sees the difference
+
+    This undoes the mismatch of the token itself, not that of what came before and comes after it."""
+    m = torch.exp(trained - sampled)
+    if correction == "tis":
+        return m.clamp(max=TIS_CAP)
+    if correction == "icepop":
+        inside = (m >= ICEPOP_LOW) & (m <= ICEPOP_HIGH)
+        return torch.where(inside, m, 0.0)                  # not a product: infinity x 0 is no number
+    return torch.ones_like(m)
+
+
+def sampled_entropy(rows: list[Row]) -> float:
+    """Mean -log p of the rows' sampled tokens, in nats: an estimate of the policy's entropy per token."""
+    logprobs = [p for r in rows for p in r.completion.logprobs]
+    return -sum(logprobs) / max(len(logprobs), 1)
+
+
+def entropy_coefficient(entropy: float, target: float, coefficient: float) -> float:
+    """alpha = coefficient x max(0, 1 - entropy / target), the weight of the entropy bonus; 0 without a target.
+
+    After Skywork-OR1 (arXiv 2505.22312), whose bonus too acts only below a target entropy. Theirs adds
+    0.005 to the weight at every step below the target and takes it away above: an integral controller,
+    which ends at the target, and whose weight is one more thing to save. This one is proportional, a
+    function of the step's own tokens, so that a step needs no history; it settles somewhat below the
+    target, where what the bonus gives balances what the rewards take."""
+    return coefficient * max(0.0, 1 - entropy / target) if target else 0.0
+
+
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weights: Tensor, clip_low: float = 0.2,
+                clip_high: float = 0.2, beta: float = 0.0, ref_logprobs: Tensor | None = None,
+                factors: Tensor | None = None, alpha: float = 0.0, entropies: Tensor | None = None) -> Tensor:
+    """The mmGRPO loss of N tokens, all tensors (N,): with rho = pi / pi_old,
+
+        L = - sum_t w_t [ c_t min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A)
+                          - beta KL_t + alpha H_t ]                                                       (Eq. 7)
     KL is the k3 estimator r - log r - 1 with r = pi_ref / pi (http://joschu.net/blog/kl-approx.html): never negative; over
-    tokens sampled from pi its mean is KL(pi || pi_ref), but its gradient's mean is that of KL(pi_ref || pi)."""
+    tokens sampled from pi its mean is KL(pi || pi_ref), but its gradient's mean is that of KL(pi_ref || pi).
+    Not the paper's: the factors c (see correction_factors; without, 1) and the bonus for the entropy H
+    of the token's distribution, which ignores that the token decides what comes after it."""
     ratio = torch.exp(logprobs - old_logprobs)      # 1 on fresh rollouts (but for dropout), its gradient that of log pi
     gain = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    if factors is not None:
+        gain = factors * gain
     if beta:
         log_r = ref_logprobs - logprobs
         gain = gain - beta * (log_r.exp() - log_r - 1)
+    if alpha:
+        gain = gain + alpha * entropies
     return -(weights * gain).sum()
 
 
@@ -543,6 +621,26 @@ def batch_logprobs(model: Transformer, tree: Tree, temperature: float, vocabular
     return token_logprobs(hidden, model.head[:vocabulary], targets, temperature)
 
 
+def proximal_logprobs(model: Transformer, tree: Tree, sampled: Tensor, config: Config, vocabulary: int,
+                      fresh: bool) -> Tensor | None:
+    """log pi_old (N,) of a micro-batch's sampled tokens: the sampler's, or with a correction the training
+    forward's at the weights that sampled. None: those that the first pass is about to compute anyway."""
+    if config.correction == "none":
+        return sampled
+    if not fresh:
+        return torch.tensor([p for r in tree.rows for p in r.trained], device=sampled.device)
+    if config.lora_dropout:                                 # which is in the update alone, and no part of pi_old
+        return batch_logprobs(model, tree, config.temperature, vocabulary)
+    return None
+
+
+def keep_proximal(tree: Tree, old: Tensor) -> None:
+    """Leave log pi_old (N,) with the micro-batch's rows, for the passes to come."""
+    lengths = [len(row.completion.token_ids) for row in tree.rows]
+    for row, logprobs in zip(tree.rows, old.split(lengths)):
+        row.trained[:] = logprobs.tolist()
+
+
 def tokens_per_batch(model: Transformer, rows: list[Row], config: Config) -> int:
     """Distinct tokens of a micro-batch where --batch-tokens says nothing: as many as four of the longest row, so that rows which share
     a prefix are seldom parted, and no more than a quarter of the device's memory holds."""
@@ -551,9 +649,11 @@ def tokens_per_batch(model: Transformer, rows: list[Row], config: Config) -> int
 
 
 def step_gradient(model: Transformer, rows: list[Row], config: Config, vocabulary: int,
-                  reference: Transformer | None = None, fresh: bool = True) -> tuple[list[Tensor], dict]:
+                  reference: Transformer | None = None, fresh: bool = True,
+                  alpha: float = 0.0) -> tuple[list[Tensor], dict]:
     """The gradient of the step's loss, one fp32 tensor per parameter, and its figures (report.Tally), module by module to see
-    what each contributes. `fresh`: the weights are still those that sampled; ParityError where the log-probs disagree."""
+    what each contributes. `fresh`: the weights are still those that sampled; ParityError where the log-probs disagree. `alpha`:
+    the weight of the entropy bonus. With a correction the first pass must be a fresh one."""
     parameters, tally, batch_tokens = trainable(model), Tally(config, model.head.dtype, fresh), tokens_per_batch(model, rows, config)
     total, device = [torch.zeros_like(p, dtype=torch.float) for p in parameters], model.head.device
     head = next((i for i, p in enumerate(parameters) if p is model.head), None)         # None: it is frozen
@@ -563,14 +663,22 @@ def step_gradient(model: Transformer, rows: list[Row], config: Config, vocabular
         while trees:
             tree = trees.pop()
             tokens = [(p, r.advantage, r.weight) for r in tree.rows for p in r.completion.logprobs]
-            old, advantage, weight = torch.tensor(tokens, device=device).unbind(1)                          # (N,) each
+            sampled, advantage, weight = torch.tensor(tokens, device=device).unbind(1)                      # (N,) each
+            entropies = torch.zeros_like(sampled) if alpha else None
             d_head = None if head is None else torch.zeros_like(total[head][:vocabulary])
             try:
                 ref = batch_logprobs(reference, tree, config.temperature, vocabulary) if reference else None
-                loss = lambda logprobs, r: policy_loss(logprobs, old[r], advantage[r], weight[r], config.clip_low, config.clip_high,
-                                                       config.beta, None if ref is None else ref[r])
+                old = proximal_logprobs(model, tree, sampled, config, vocabulary, fresh)
+
+                def loss(logprobs: Tensor, r: slice, entropy: Tensor | None = None) -> Tensor:
+                    before = logprobs.detach() if old is None else old[r]
+                    factors = correction_factors(before, sampled[r], config.correction)
+                    return policy_loss(logprobs, before, advantage[r], weight[r], config.clip_low, config.clip_high,
+                                       config.beta, None if ref is None else ref[r], factors, alpha, entropy)
+
                 targets, hidden = predicting_states(model, tree)
-                logprobs, d_hidden = head_gradient(hidden.detach(), model.head[:vocabulary], targets, config.temperature, loss, d_head)
+                logprobs, d_hidden = head_gradient(hidden.detach(), model.head[:vocabulary], targets, config.temperature,
+                                                   loss, d_head, entropies)
                 more = torch.autograd.grad(hidden, parameters, d_hidden, allow_unused=True)
             except RuntimeError as e:                       # out of memory, for which torch has no one class on all devices
                 if "memory" not in str(e) or len(tree.rows) == 1:
@@ -579,11 +687,15 @@ def step_gradient(model: Transformer, rows: list[Row], config: Config, vocabular
                 tally.sums["halved"] += 1
                 hidden = d_hidden = None                    # frees the failed graph
                 continue
-            tally.batch(tree, loss(logprobs, slice(None)).item(), logprobs, old, advantage, ref)
+            old = logprobs if old is None else old
+            if config.correction != "none":
+                keep_proximal(tree, old)
+                tally.correct(old - sampled, correction_factors(old, sampled, config.correction))
+            tally.batch(tree, loss(logprobs, slice(None), entropies).item(), logprobs, old, advantage, ref, entropies)
             if fresh and not (config.lora_dropout and tally.apart[1:]):
                 if config.lora_dropout:                     # was not there when sampling: one micro-batch is scored without it
                     logprobs = batch_logprobs(model, tree, config.temperature, vocabulary)
-                tally.compare(tree, logprobs, old)
+                tally.compare(tree, logprobs, sampled)
             for g, m in zip(gradient, more):
                 if m is not None:                           # an untied head is no part of the states' graph
                     g += m
@@ -654,12 +766,17 @@ def train_step(model, tokenizer, optimizer, reference, task: Task, config: Confi
     groups = group_calls(trajectories, config.short_groups, config.group_size, config.level, (config.seed, step))
     values = advantages(groups, trajectories, config.baseline, config.leave_one_out, config.scale_rewards)
     rows = weigh(groups, values, trajectories, config.normalize, config.max_tokens)
-    rows = [r for r in rows if r.advantage or config.beta]      # the others' gradient is exactly 0 (AdamW's momentum goes on)
+    entropy = sampled_entropy(rows)
+    alpha = entropy_coefficient(entropy, config.entropy_target, config.entropy_coef)
+    # the gradient of the others is exactly 0 (AdamW's momentum goes on)
+    rows = [r for r in rows if r.advantage or config.beta or alpha]
     metrics = {"step": step + 1, **measure(trajectories, groups, values)}
+    if config.entropy_target:
+        metrics |= {"entropy_sampled": entropy, "entropy_alpha": alpha}
     parameters, = optimizer.param_groups
     parameters["lr"] = config.lr * min(1.0, (step + 1) / max(config.warmup, 1))
     for epoch in range(config.inner_epochs):
-        gradient, figures = step_gradient(model, rows, config, tokenizer.size, reference, fresh=epoch == 0)
+        gradient, figures = step_gradient(model, rows, config, tokenizer.size, reference, fresh=epoch == 0, alpha=alpha)
         metrics |= figures
         for p, g in zip(parameters["params"], gradient):
             p.grad = g

@@ -90,19 +90,34 @@ class Tally:
     """The figures of one pass over a step's rows: loss, mean KL (k3), share of clipped tokens, tokens forwarded and how many that
     were without sharing prefixes, micro-batches halved for want of memory, each module's share of the gradient norms; at the
     first pass (`fresh`) also how far the log-probs are from the sampler's (`parity`: median, 99% quantile, maximum; with dropout,
-    which is in the update alone, those of one micro-batch scored without it)."""
+    which is in the update alone, those of one micro-batch scored without it).
+
+    With a correction: `correction` has the mean of its factors, the smallest and the largest ratio of
+    trained to sampled probability, and the share of tokens whose ratio was truncated or dropped. With an
+    entropy bonus: `entropy`, nats per token of the whole distributions (`surprise` estimates it)."""
     def __init__(self, config, dtype: torch.dtype, fresh: bool):
         self.config, self.fresh, self.norms, self.sums, self.apart = config, fresh, {}, Counter(), [torch.zeros(1)]
+        self.ratios, self.has_entropy = [], False
         self.tolerance = config.parity or (1e-3 if dtype == torch.float32 else 0.5)
 
     @torch.no_grad()
-    def batch(self, tree, loss: float, logprobs: Tensor, old: Tensor, advantage: Tensor, ref: Tensor | None) -> None:
+    def batch(self, tree, loss: float, logprobs: Tensor, old: Tensor, advantage: Tensor, ref: Tensor | None,
+              entropies: Tensor | None = None) -> None:
         """Count a micro-batch."""
         ratio, c = torch.exp(logprobs - old), self.config
         clipped = (ratio < 1 - c.clip_low) & (advantage < 0) | (ratio > 1 + c.clip_high) & (advantage > 0)
         kl = 0.0 if ref is None else (torch.exp(ref - logprobs) - (ref - logprobs) - 1).sum().item()
         self.sums.update(loss=loss, tokens=len(old), clipped=clipped.sum().item(), kl=kl, forwarded=len(tree.ids),
                          unshared=sum(len(path) for _, path in tree.paths))
+        if entropies is not None:
+            self.has_entropy = True
+            self.sums["entropy"] += entropies.sum().item()
+
+    def correct(self, apart: Tensor, factors: Tensor) -> None:
+        """Count the factors (N,) of a correction; `apart` (N,): log pi_trained - log pi_sampled."""
+        ratio = apart.exp()
+        self.ratios += [ratio.min().item(), ratio.max().item()]
+        self.sums.update(factors=factors.sum().item(), changed=(factors != ratio).sum().item())
 
     def compare(self, tree, logprobs: Tensor, old: Tensor) -> None:
         """Raises ParityError naming the call and the token whose log-probs are too far apart."""
@@ -117,10 +132,16 @@ class Tally:
     def figures(self) -> dict:
         n, norm = max(self.sums["tokens"], 1), sum(self.norms.values()) or 1
         parity = torch.cat(self.apart).quantile(torch.tensor([0.5, 0.99, 1.0])).tolist()
+        more: dict = {}
+        if self.ratios:
+            more["correction"] = {"mean": self.sums["factors"] / n, "min": min(self.ratios), "max": max(self.ratios),
+                                  "share": self.sums["changed"] / n}
+        if self.has_entropy:
+            more["entropy"] = self.sums["entropy"] / n
         return {"loss": self.sums["loss"], "kl": self.sums["kl"] / n, "clipped": self.sums["clipped"] / n,
                 "tokens_forwarded": self.sums["forwarded"], "tokens_unshared": self.sums["unshared"],
                 "halved": self.sums["halved"], "grad_share": {m: x / norm for m, x in self.norms.items()},
-                **({"parity": dict(zip(("median", "q99", "max"), parity))} if self.fresh else {})}
+                **({"parity": dict(zip(("median", "q99", "max"), parity))} if self.fresh else {}), **more}
 
 
 def read_lines(path: Path, cut: bool = False) -> list[dict]:

@@ -5,6 +5,9 @@ is called after it once, twice or not at all, and an answer without its end toke
 the policy gradient is a finite sum, and so is the expectation of an estimator: over every R-tuple of runs, through the
 very functions that train (group_calls, advantages, weigh). What remains is bias, exactly.
 
+A second table is of a sampler whose probabilities are not quite those of the policy that is trained, as with bf16: what
+that does to the one unbiased estimator, and what --correction takes back.
+
     python tests/oracle.py [R]          # default 3
 """
 import itertools
@@ -16,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mmgrpo as G  # noqa: E402
@@ -33,50 +37,71 @@ def completions() -> list[tuple[int, ...]]:
 
 @dataclass
 class Run:
-    """One possible run: its probability, reward, and its calls with the gradient of each one's log-probability (P,)."""
+    """One possible run: its probability, reward, and its calls with the gradient of each one's log-probability (P,);
+    how often it is sampled, and its calls token by token."""
     probability: float
     reward: float
     failed: bool
     calls: list[tuple[str, tuple[int, ...], np.ndarray]]
+    sampled: float
+    tokens: list["Tokens"]
+
+
+@dataclass
+class Tokens:
+    """The T tokens of a completion: their log-probs (T,) under the policy and under the sampler, and the gradient of the
+    former (T, P)."""
+    trained: np.ndarray
+    sampled: np.ndarray
+    gradient: np.ndarray
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    p = np.exp(logits - logits.max())
+    return p / p.sum()
 
 
 class World:
-    """The program under a random policy with logits (contexts, first token or none, tokens)."""
-    def __init__(self, seed: int = 0):
+    """The program under a random policy with logits (contexts, first token or none, tokens).
+
+    `sampler(logits, rng)` gives the logits of what the runs are sampled from; default: the policy itself."""
+    def __init__(self, seed: int = 0, sampler=lambda logits, rng: logits):
         rng = np.random.default_rng(seed)
         self.logits = rng.normal(0, 0.7, (len(CONTEXTS), TOKENS, TOKENS))       # [., END, .]: nothing was sampled yet
+        self.sampler_logits = sampler(self.logits, rng)
         self.rewards = random.Random(seed)
         self.runs = self._runs()
         self.gradient = sum(r.probability * r.reward * sum(g for _, _, g in r.calls) for r in self.runs)
 
-    def _call(self, context: str, completion: tuple[int, ...]) -> tuple[float, np.ndarray]:
-        """log-probability of a completion, and its gradient."""
-        logp, gradient, before, c = 0.0, np.zeros(self.logits.shape), END, CONTEXTS.index(context)
-        for token in completion:
-            row = self.logits[c, before]
-            p = np.exp(row - row.max()) / np.exp(row - row.max()).sum()
-            logp += math.log(p[token])
-            gradient[c, before] -= p
-            gradient[c, before, token] += 1
+    def _call(self, context: str, completion: tuple[int, ...]) -> Tokens:
+        c, before = CONTEXTS.index(context), END
+        trained, sampled = np.zeros((2, len(completion)))
+        gradient = np.zeros((len(completion), *self.logits.shape))
+        for t, token in enumerate(completion):
+            p, of_sampler = (softmax(logits[c, before]) for logits in (self.logits, self.sampler_logits))
+            trained[t], sampled[t] = math.log(p[token]), math.log(of_sampler[token])
+            gradient[t, c, before] -= p
+            gradient[t, c, before, token] += 1
             before = token
-        return logp, gradient.ravel()
+        return Tokens(trained, sampled, gradient.reshape(len(completion), -1))
 
     def _runs(self) -> list[Run]:
         finished = []
 
-        def go(calls: list, logp: float, context: str):
+        def go(calls: list, tokens: list[Tokens], context: str):
             for completion in completions():
-                more, gradient = self._call(context, completion)
-                made = calls + [(context.split()[0], completion, gradient)]
+                known = tokens + [self._call(context, completion)]
+                made = calls + [(context.split()[0], completion, known[-1].gradient.sum(0))]
                 readable = completion[-1] == END
                 again = {"ask": {0: "note after 0", 1: "note after 1"}, "note after 1": {0: "note again", 1: "note again"}}
                 after = again.get(context, {}).get(completion[0]) if readable else None
                 if after:
-                    go(made, logp + more, after)
+                    go(made, known, after)
                 else:
                     reward = round(self.rewards.random(), 2) if readable else -0.5 if len(made) == 1 else 0.0
-                    finished.append(Run(math.exp(logp + more), reward, not readable, made))
-        go([], 0.0, "ask")
+                    trained, sampled = (math.exp(sum(getattr(call, name).sum() for call in known)) for name in ("trained", "sampled"))
+                    finished.append(Run(trained, reward, not readable, made, sampled, known))
+        go([], [], "ask")
         return finished
 
     def trajectory(self, run: int, rollout: int) -> Trajectory:
@@ -111,21 +136,51 @@ def estimate(world: World, runs: tuple[int, ...], variants: list[dict], seeds: i
     return result
 
 
-def expectation(world: World, R: int, variants: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    """(mean (variants, P), total variance (variants,)) of each variant over all R-tuples of runs.
+CORRECTIONS = ("ignored", "none", "tis", "icepop", "whole run")
+
+
+def estimate_from_sampler(world: World, runs: tuple[int, ...], corrections: tuple[str, ...]) -> np.ndarray:
+    """The gradient (corrections, P) of the unbiased estimator from these runs, if it was the sampler that drew them: that of
+    policy_loss at the first update, with its clip.
+
+    `none`, `tis` and `icepop` are --correction. `ignored` takes the tokens for the policy's own. `whole run` multiplies each
+    token's term by the run's probability over that with which it was sampled: exact, and of a variance that grows with length."""
+    ts = [world.trajectory(run, i) for i, run in enumerate(runs)]
+    groups = G.group_calls(ts)
+    rows = iter(G.weigh(groups, G.advantages(groups, ts, "example", True, "none"), ts, "constant"))
+    members = [(world.runs[runs[m.trajectory]], m.calls[0], next(rows)) for g in groups for m in g.members]
+    spread = lambda value: torch.tensor([value(run, row) for run, c, row in members for _ in run.tokens[c].trained],
+                                        dtype=torch.double)
+    advantage, weight = spread(lambda run, row: row.advantage), spread(lambda run, row: row.weight)
+    trained, sampled = (torch.from_numpy(np.concatenate([getattr(run.tokens[c], name) for run, c, _ in members]))
+                        for name in ("trained", "sampled"))
+    gradient, result = np.concatenate([run.tokens[c].gradient for run, c, _ in members]), []
+    for correction in corrections:
+        old = sampled if correction == "none" else trained
+        factors = G.correction_factors(trained, sampled, correction)
+        if correction == "whole run":
+            factors = spread(lambda run, row: run.probability / run.sampled)
+        new = trained.clone().requires_grad_()
+        loss = G.policy_loss(new, old, advantage, weight, factors=factors)
+        result.append(-torch.autograd.grad(loss, new)[0].numpy() @ gradient)
+    return np.array(result)
+
+
+def expectation(world: World, R: int, variants, estimate=estimate) -> tuple[np.ndarray, np.ndarray]:
+    """(mean (variants, P), total variance (variants,)) of each variant over all R-tuples of runs of the sampler.
 
     An estimate does not depend on the order of the runs (fill: but for its seed), so multisets are enough."""
     mean, square = 0.0, 0.0
     for runs in itertools.combinations_with_replacement(range(len(world.runs)), R):
         orders = math.factorial(R) / math.prod(map(math.factorial, Counter(runs).values()))
-        p = orders * math.prod(world.runs[i].probability for i in runs)
+        p = orders * math.prod(world.runs[i].sampled for i in runs)
         g = estimate(world, runs, variants)
         mean, square = mean + p * g, square + p * (g**2).sum(1)
     return mean, square - (mean**2).sum(1)
 
 
 AXES = {"short_groups": ("keep", "truncate", "fill"), "baseline": ("group", "example"), "leave_one_out": (False, True),
-        "scale_rewards": ("std", "none"), "normalize": ("sequence", "token", "constant"), "failing": ("trained", "dropped")}
+        "scale_rewards": ("std", "batch", "none"), "normalize": ("sequence", "token", "constant"), "failing": ("trained", "dropped")}
 VARIANTS = [dict(zip(AXES, values)) for values in itertools.product(*AXES.values())]
 
 
@@ -152,6 +207,31 @@ def report(world: World, mean: np.ndarray, variance: np.ndarray) -> list[dict]:
     return rows
 
 
+def noisy(size: float):
+    return lambda logits, rng: logits + rng.normal(0, size, logits.shape)
+
+
+SAMPLERS = {"logits in bf16": lambda logits, rng: torch.from_numpy(logits).bfloat16().double().numpy(),
+            "logits ± 0.03": noisy(0.03), "logits ± 0.1": noisy(0.1), "logits ± 0.3": noisy(0.3), "logits ± 1": noisy(1.0)}
+
+
+def mismatch_table(R: int, worlds: int) -> None:
+    """Print the relative bias, and the noise, of the unbiased estimator when its runs are a sampler's that is not quite the
+    policy: means over several worlds."""
+    print(f"\nThe exact estimator on {R} runs of a sampler that is not quite the policy, mean over {worlds} worlds: "
+          "relative bias and noise with --correction\n")
+    print(f"{'sampler':16}{'log-probs apart':>16} |" + "".join(f"{c:>15}" for c in CORRECTIONS))
+    print(f"{'':16}{'mean':>8}{'most':>8} |" + f"{'bias':>9}{'noise':>6}" * len(CORRECTIONS))
+    for name, sampler in SAMPLERS.items():
+        apart, figures = [], []
+        for world in (World(seed, sampler) for seed in range(worlds)):
+            apart += [(abs(x), run.sampled) for run in world.runs for call in run.tokens for x in call.trained - call.sampled]
+            outcome = report(world, *expectation(world, R, CORRECTIONS, estimate_from_sampler))
+            figures.append([(r["bias"], r["noise"]) for r in outcome])
+        sizes, how_often = zip(*apart)
+        print(f"{name:16}{np.average(sizes, weights=how_often):8.4f}{max(sizes):8.4f} |" + "".join(f"{b:9.1e}{n:6.2f}" for b, n in np.mean(figures, 0)))
+
+
 def main(R: int) -> None:
     world = World()
     assert abs(sum(r.probability for r in world.runs) - 1) < 1e-12
@@ -165,6 +245,7 @@ def main(R: int) -> None:
         print(f"{o['short_groups']:9}{o['baseline']:9}{'yes' if o['leave_one_out'] else 'no':6}{o['scale_rewards']:6}{o['normalize']:10}"
               f"{o['failing']:9}|{r['bias']:9.1e}{r['cosine']:9.4f}{r['bias at best scale']:7.3f}{r['noise']:7.2f}  "
               + " ".join(f"{x:6.3f}" for x in r["by prompt"]) + ("  exact" if r["bias"] < 1e-10 else ""))
+    mismatch_table(2, 4)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,10 @@ def expected(trajectories: list[dict], options: dict) -> dict:
             pool = [m["run"]["reward"] for m in group["members"]] if o["baseline"] == "group" else [t["reward"] for t in runs]
             for m in group["members"]:
                 m["advantage"] = advantage(m["run"]["reward"], pool, o)
+                m["distance"] = advantage(m["run"]["reward"], pool, {"leave_one_out": False, "scale_rewards": "none"})
             groups.append(group)
+    if o["scale_rewards"] == "batch":
+        scale_by_batch(groups)
     weigh(groups, trajectories, o)
     result = {"groups": [], "excluded": [{"example": t["example"], "rollout": t["rollout"], "reason": "tool_error"}
                                          for t in trajectories if not votes(t)]}
@@ -94,6 +97,14 @@ def advantage(reward: float, pool: list[float], o: dict) -> float:
     if o["scale_rewards"] == "std":
         a /= math.sqrt(sum((r - mean) ** 2 for r in pool) / (n - 1)) + 1e-4
     return a
+
+
+def scale_by_batch(groups: list[dict]) -> None:
+    """Divide by one standard deviation: of all members of all groups, each around its own group's (or example's) mean."""
+    members = [m for g in groups for m in g["members"]]
+    variance = sum(m["distance"] ** 2 for m in members) / max(len(members) - 1, 1)
+    for m in members:
+        m["advantage"] /= math.sqrt(variance) + 1e-4
 
 
 def tokens(call: dict) -> int:
@@ -172,13 +183,14 @@ VARIANTS = {
     "leave-one-out": {"leave_one_out": True}, "example-leave-one-out": {"baseline": "example", "leave_one_out": True},
     "unscaled": {"scale_rewards": "none"}, "token": {"normalize": "token"}, "constant": {"normalize": "constant", "constant": 64},
     "clip-higher": {"clip_low": 0.1, "clip_high": 0.3}, "kl": {"beta": 0.04}, "dr-grpo": {"scale_rewards": "none", "normalize": "constant", "constant": 64},
-    "fill-2-diverse-kl": {"short_groups": "fill", "group_size": 2, "beta": 0.01},
+    "fill-2-diverse-kl": {"short_groups": "fill", "group_size": 2, "beta": 0.01}, "batch": {"scale_rewards": "batch"},
+    "batch-example-leave-one-out": {"scale_rewards": "batch", "baseline": "example", "leave_one_out": True},
 }
 
 
 def vectors() -> dict[str, dict]:
-    """File name -> vector. Every scenario with the defaults; every variant on the scenarios where runs differ."""
-    chosen = [(s, v) for s in SCENARIOS for v in VARIANTS if not v or s in ("ragged", "excluded", "equal-rewards", "ten-runs")]
+    """File name -> vector. Every scenario with the defaults and by batch; every variant on the scenarios where runs differ."""
+    chosen = [(s, v) for s in SCENARIOS for v in VARIANTS if v in ("", "batch") or s in ("ragged", "excluded", "equal-rewards", "ten-runs")]
     return {f"{s}{'.' * bool(v)}{v}.json": {"options": VARIANTS[v], "trajectories": SCENARIOS[s],
                                             "expected": expected(SCENARIOS[s], VARIANTS[v])} for s, v in chosen}
 

@@ -66,7 +66,7 @@ def test_groups_advantages_weights_and_loss_are_those_of_the_reference(path, tmp
 options = st.fixed_dictionaries({
     "short_groups": st.sampled_from(["keep", "truncate", "fill"]), "group_size": st.integers(0, 4),
     "level": st.sampled_from(["call", "trajectory"]), "seed": st.integers(0, 3), "baseline": st.sampled_from(["group", "example"]),
-    "leave_one_out": st.booleans(), "scale_rewards": st.sampled_from(["std", "none"]), "constant": st.sampled_from([1, 64]),
+    "leave_one_out": st.booleans(), "scale_rewards": st.sampled_from(["std", "batch", "none"]), "constant": st.sampled_from([1, 64]),
     "normalize": st.sampled_from(["sequence", "token", "constant"]), "clip_low": st.sampled_from([0.1, 0.2]),
     "clip_high": st.sampled_from([0.2, 0.3]), "beta": st.sampled_from([0.0, 0.04])})
 

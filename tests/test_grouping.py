@@ -163,10 +163,10 @@ def test_ragged_runs_are_absent_from_the_later_groups():
 # ------------------------------------------------------------------------------------------------------ advantages
 
 options = st.fixed_dictionaries({"baseline": st.sampled_from(["group", "example"]), "leave_one_out": st.booleans(),
-                                 "scale_rewards": st.sampled_from(["std", "none"])})
+                                 "scale_rewards": st.sampled_from(["std", "batch", "none"])})
 
 
-@given(trajectory_sets(statuses=VOTING), st.sampled_from(["std", "none"]))
+@given(trajectory_sets(statuses=VOTING), st.sampled_from(["std", "batch", "none"]))
 def test_advantages_of_a_group_sum_to_zero(ts, scale):
     for values in G.advantages(G.group_calls(ts), ts, scale_rewards=scale):
         assert sum(values) == pytest.approx(0, abs=1e-6)
@@ -210,6 +210,30 @@ def test_unscaled_advantages_scale_with_the_rewards_and_scaled_ones_do_not(ts, b
     for x, y, u in zip(a, b, plain):                        # scaled: the same but for the 1e-4 that guards the division
         for p, q, r in zip(x, y, u):
             assert (p == q == 0) or q == pytest.approx(factor * r / (factor * (r / p - 1e-4) + 1e-4), rel=1e-6)
+
+
+@given(trajectory_sets(statuses=VOTING), st.sampled_from(["group", "example"]), st.booleans())
+def test_scaled_by_the_batch_advantages_are_the_unscaled_ones_over_one_number(ts, baseline, loo):
+    """It makes the mean square of a step's plainly centred rewards n / (n - 1), but for the 1e-4 that guards the division."""
+    groups = G.group_calls(ts)
+    scaled, plain, centred = (sum(G.advantages(groups, ts, baseline, l, s), []) for l, s in
+                              ((loo, "batch"), (loo, "none"), (False, "none")))
+    spread = math.sqrt(sum(a * a for a in centred) / max(len(centred) - 1, 1))
+    assert np.multiply(scaled, spread + 1e-4) == pytest.approx(plain, abs=1e-9)
+
+
+@given(trajectory_sets(statuses=VOTING, modules=("ask",), examples=1, longest=1), st.booleans())
+def test_of_one_group_the_batch_is_the_group(ts, loo):
+    groups = G.group_calls(ts)
+    std, batch = (G.advantages(groups, ts, leave_one_out=loo, scale_rewards=s) for s in ("std", "batch"))
+    assert all(a == pytest.approx(b, abs=1e-9) for a, b in zip(std, batch))
+
+
+def test_scaled_by_the_batch_a_tiny_difference_stays_tiny():
+    ts = [trajectory(example, rollout, ["ask"], reward) for example, rewards in (("tiny", (0.501, 0.5)), ("large", (1.0, 0.0)))
+          for rollout, reward in enumerate(rewards)]
+    of = lambda scale: [values[0] for values in G.advantages(G.group_calls(ts), ts, scale_rewards=scale)]
+    assert of("std")[0] / of("std")[1] > 0.8 and of("batch")[0] / of("batch")[1] == pytest.approx(0.001)
 
 
 @given(trajectory_sets(statuses=VOTING), options, st.data())

@@ -1,4 +1,5 @@
-"""From groups to the gradient: weights, the fused log-probs, the clipped loss, micro-batches."""
+"""From groups to the gradient: weights, the fused log-probs and entropies, the clipped loss, the correction, micro-batches."""
+import copy
 import dataclasses
 import math
 
@@ -13,7 +14,8 @@ from strategies import trajectory, trajectory_sets
 from test_tree import pairs_seen
 
 import mmgrpo as G
-from model import forest_parts
+from lora import add_lora
+from model import forest_parts, trainable
 from program import STATUSES, Completion
 
 VOTING = tuple(s for s in STATUSES if s != "tool_error")
@@ -57,8 +59,29 @@ def test_fused_log_probs_and_gradients_equal_the_plain_ones(n, vocabulary, tempe
     assert torch.equal(frozen[0], logprobs) and torch.equal(frozen[1], d_hidden)
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-def test_nothing_of_tokens_times_vocabulary_is_held_and_nothing_of_the_vocabulary_if_the_head_is_frozen(frozen):
+@settings(max_examples=30)
+@given(st.integers(1, 9) | st.just(600), st.integers(2, 50), st.sampled_from([0.5, 1.0, 2.0]), st.integers(0, 10**6))
+def test_entropies_and_their_gradients_equal_the_plain_ones(n, vocabulary, temperature, seed):
+    """Of a loss of log-probs and entropies, by autograd through the whole (N, V) matrix in float64."""
+    g = torch.Generator().manual_seed(seed)
+    hidden, weight = torch.randn(n, 8, generator=g), torch.randn(vocabulary, 8, generator=g)
+    targets, (up, of_entropy) = torch.randint(0, vocabulary, (n,), generator=g), torch.randn(2, n, generator=g)
+    h, w = (x.double().requires_grad_() for x in (hidden, weight))
+    logp = F.log_softmax(h @ w.t() / temperature, -1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    want = torch.autograd.grad((logp.gather(1, targets[:, None])[:, 0] * up + of_entropy * entropy.square()).sum(), (h, w))
+
+    entropies, d_weight = torch.full((n,), math.nan), torch.zeros(vocabulary, 8)
+    loss = lambda x, rows, entropy: (up[rows] * x + of_entropy[rows] * entropy.square()).sum()
+    logprobs, d_hidden = G.head_gradient(hidden, weight, targets, temperature, loss, d_weight, entropies)
+    for got, expected in zip((entropies, d_hidden, d_weight), (entropy.detach(), *want)):
+        torch.testing.assert_close(got.double(), expected, atol=1e-3, rtol=2e-4)
+    plain = G.head_gradient(hidden, weight, targets, temperature, lambda x, rows: x.sum())
+    assert torch.equal(plain[0], logprobs)
+
+
+@pytest.mark.parametrize("frozen, bonus", [(True, False), (False, False), (False, True)])
+def test_nothing_of_tokens_times_vocabulary_is_held_and_nothing_of_the_vocabulary_if_the_head_is_frozen(frozen, bonus):
     """3,000 tokens of a 2,048-word vocabulary: never a tensor of more than a chunk's 256 x 2,048 numbers, and but one (V, D)."""
     hidden, weight, targets = torch.randn(3000, 4), torch.randn(2048, 4), torch.randint(0, 2048, (3000,))
     made, d_weight = [], None if frozen else torch.zeros(2048, 4)
@@ -68,7 +91,8 @@ def test_nothing_of_tokens_times_vocabulary_is_held_and_nothing_of_the_vocabular
             made.extend(t for t in (out if isinstance(out, (tuple, list)) else [out]) if torch.is_tensor(t))
             return out
     with Watch():
-        logprobs, d_hidden = G.head_gradient(hidden, weight, targets, 1.0, lambda x, rows: x.sum(), d_weight)
+        loss = lambda x, rows, entropy=None: x.sum() if entropy is None else x.sum() + 0 * entropy.sum()
+        logprobs, d_hidden = G.head_gradient(hidden, weight, targets, 1.0, loss, d_weight, torch.zeros(3000) if bonus else None)
     assert max(t.numel() for t in made) == 256 * 2048
     own = weight.untyped_storage().data_ptr()               # views of the weight itself are none
     assert {t.data_ptr() for t in made if t.shape == (2048, 4)} <= ({own} if frozen else {own, d_weight.data_ptr()})
@@ -91,16 +115,19 @@ def test_the_chunked_head_accumulates_in_fp32():
 floats = st.floats(-3, 3)
 
 
-@given(st.lists(st.tuples(floats, floats, floats, st.floats(0, 2), floats), min_size=1, max_size=8), st.floats(0, 0.9),
-       st.floats(0, 2), st.sampled_from([0.0, 0.1, 1.0]))
-def test_the_loss_equals_the_formula_token_by_token(tokens, low, high, beta):
-    new, old, a, w, ref = torch.tensor(tokens, dtype=torch.double).unbind(1)
-    want = 0.0
-    for x, y, adv, weight, r in tokens:
+@given(st.lists(st.tuples(floats, floats, floats, st.floats(0, 2), floats, st.floats(0, 2), st.floats(0, 3)), min_size=1, max_size=8),
+       st.floats(0, 0.9), st.floats(0, 2), st.sampled_from([0.0, 0.1, 1.0]), st.sampled_from([0.0, 0.3]))
+def test_the_loss_equals_the_formula_token_by_token(tokens, low, high, beta, alpha):
+    new, old, a, w, ref, c, h = torch.tensor(tokens, dtype=torch.double).unbind(1)
+    want = plain = 0.0
+    for x, y, adv, weight, r, factor, entropy in tokens:
         rho = math.exp(x - y)
         k3 = math.exp(r - x) - (r - x) - 1
-        want -= weight * (min(rho * adv, min(max(rho, 1 - low), 1 + high) * adv) - beta * k3)
-    assert float(G.policy_loss(new, old, a, w, low, high, beta, ref)) == pytest.approx(want, rel=1e-9, abs=1e-9)
+        gain = min(rho * adv, min(max(rho, 1 - low), 1 + high) * adv)
+        plain -= weight * (gain - beta * k3)
+        want -= weight * (factor * gain - beta * k3 + alpha * entropy)
+    assert float(G.policy_loss(new, old, a, w, low, high, beta, ref)) == pytest.approx(plain, rel=1e-9, abs=1e-9)
+    assert float(G.policy_loss(new, old, a, w, low, high, beta, ref, c, alpha, h)) == pytest.approx(want, rel=1e-9, abs=1e-9)
 
 
 @pytest.mark.parametrize("ratio, advantage, moves", [(1.3, 1.0, False), (1.3, -1.0, True), (0.7, 1.0, True), (0.7, -1.0, False),
@@ -134,6 +161,34 @@ def test_the_mean_gradient_of_k3_is_that_of_the_other_divergence():
     assert not torch.allclose(gradient(loss), gradient((p * (p / q).log()).sum()))
 
 
+# ------------------------------------------------------------------------- the correction, the entropy bonus
+
+@given(st.lists(st.floats(-200, 200) | st.floats(-2, 2), min_size=1, max_size=9))
+def test_the_factors_of_a_correction_are_the_published_ones(apart):
+    """However far the two are apart: exp(200) is infinite in fp32."""
+    trained = torch.tensor(apart)
+    factors = {c: G.correction_factors(trained, torch.zeros(len(apart)), c) for c in ("none", "tis", "icepop")}
+    for i, m in enumerate(trained.exp().tolist()):
+        assert factors["none"][i] == 1
+        assert factors["tis"][i] == pytest.approx(min(m, 2.0))
+        assert factors["icepop"][i] == pytest.approx(m if 0.5 <= m <= 5 else 0.0)
+
+
+@given(st.floats(0, 5), st.floats(0.01, 2), st.floats(0, 1))
+def test_the_entropy_bonus_acts_below_its_target_alone_and_the_more_the_further_below(entropy, target, coefficient):
+    alpha = G.entropy_coefficient(entropy, target, coefficient)
+    assert alpha == pytest.approx(coefficient * (target - entropy) / target if entropy < target else 0.0)
+    assert G.entropy_coefficient(entropy, 0.0, coefficient) == 0.0
+
+
+def test_the_sampled_entropy_is_the_mean_over_tokens_and_its_own_mean_the_entropy():
+    rows = [G.Row("m", Completion([1], [2] * len(own), own, "stop"), 0.0, 1.0) for own in ([-1.0, -2.0], [], [-6.0])]
+    assert G.sampled_entropy(rows) == pytest.approx(3.0) and G.sampled_entropy([]) == 0.0
+    p = torch.softmax(torch.randn(6, dtype=torch.double), 0)
+    each = [G.sampled_entropy([G.Row("m", Completion([1], [i], [p[i].log().item()], "stop"), 0.0, 1.0)]) for i in range(6)]
+    assert float((p * torch.tensor(each)).sum()) == pytest.approx(float(-(p * p.log()).sum()))
+
+
 # ------------------------------------------------------------------------------------------------- micro-batches
 
 few = st.integers(0, 1) | st.integers(0, V - 1)         # so that prompts and completions often share a prefix
@@ -146,16 +201,26 @@ def gradient(model, rows, reference=None, **options):
     return G.step_gradient(model, rows, G.Config(**options), V, reference, fresh=False)
 
 
-def slow_loss(model, rows, config, reference=None):
-    """The loss by a loop over rows and sampled tokens, each from the whole sequence up to it."""
+FACTORS = {"none": lambda m: 1.0, "tis": lambda m: min(m, 2.0), "icepop": lambda m: m if 0.5 <= m <= 5.0 else 0.0}
+
+
+def slow_loss(model, rows, config, reference=None, start=None, alpha=0.0):
+    """The loss by a loop over rows and sampled tokens, each from the whole sequence up to it.
+
+    `start` has the weights that sampled: with a correction, pi_old is its."""
     total = 0.0
     for r in rows:
         ids = r.completion.prompt_ids + r.completion.token_ids
         for t, (token, old) in enumerate(zip(r.completion.token_ids, r.completion.logprobs)):
             at = len(r.completion.prompt_ids) + t
-            score = lambda m: torch.log_softmax(m.logits(m(torch.tensor([ids[:at]])))[0, -1] / config.temperature, -1)[token]
-            x, rho = score(model), torch.exp(score(model) - old)
+            scores = lambda m: torch.log_softmax(m.logits(m(torch.tensor([ids[:at]])))[0, -1] / config.temperature, -1)
+            score = lambda m: scores(m)[token]
+            before = old if config.correction == "none" else score(start).item()
+            x, rho = score(model), torch.exp(score(model) - before)
             gain = torch.minimum(rho * r.advantage, rho.clamp(1 - config.clip_low, 1 + config.clip_high) * r.advantage)
+            gain = FACTORS[config.correction](math.exp(before - old)) * gain
+            if alpha:
+                gain = gain - alpha * (scores(model).exp() * scores(model)).sum()
             if reference is not None:
                 d = score(reference).detach() - x
                 gain = gain - config.beta * (d.exp() - d - 1)
@@ -179,6 +244,82 @@ def test_the_gradient_equals_a_loop_over_the_sampled_tokens(rows, batch_tokens, 
     prefixes = {(module, *ids[:n]) for module, ids in inputs for n in range(1, len(ids) + 1)}
     assert figures["tokens_unshared"] == sum(len(ids) for _, ids in inputs)
     assert figures["tokens_forwarded"] == {1: figures["tokens_unshared"], 10_000: len(prefixes)}.get(batch_tokens, figures["tokens_forwarded"])
+
+
+@settings(max_examples=12)
+@given(row_lists, st.sampled_from(["tis", "icepop"]), st.sampled_from([12, 10_000]), st.sampled_from([0.0, 0.5]), st.sampled_from([1.0, 0.6]))
+def test_corrected_gradients_equal_the_loop_in_every_pass(rows, correction, batch_tokens, alpha, temperature):
+    """pi_old stays what the weights that sampled gave, in a second pass with other weights too."""
+    model = make_model(vocab_size=V, std=0.15)
+    start, moved = copy.deepcopy(model), make_model(1, vocab_size=V, std=0.15)
+    config = G.Config(correction=correction, batch_tokens=batch_tokens, temperature=temperature, parity=1e9)
+    for fresh in (True, False):
+        g, figures = G.step_gradient(model, rows, config, V, fresh=fresh, alpha=alpha)
+        loss = slow_loss(model, rows, config, start=start, alpha=alpha)
+        want = torch.autograd.grad(loss, list(model.parameters())) if isinstance(loss, torch.Tensor) else [torch.zeros_like(x) for x in g]
+        for a, b in zip(g, want):
+            torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-3)
+        assert figures["loss"] == pytest.approx(float(torch.as_tensor(loss).detach()), abs=1e-4)
+        assert ("entropy" in figures) == (alpha > 0 and any(r.completion.token_ids for r in rows))
+        model.load_state_dict(moved.state_dict())
+
+
+def test_the_figures_of_a_correction_are_those_of_its_factors():
+    """The sampler gave each token 1/40; the model's own probabilities over that are the ratios."""
+    model, found = make_model(vocab_size=V, std=0.15), {}
+    rows = [G.Row("m", Completion([i, 5], [3, i, 7], [-math.log(V)] * 3, "stop"), 1.0, 0.1) for i in range(8)]
+    for correction in ("none", "tis", "icepop"):
+        _, found[correction] = G.step_gradient(model, rows, G.Config(correction=correction, parity=1e9, batch_tokens=20), V)
+    ratios = [math.exp(p) * V for r in rows for p in r.trained]
+    changed = {"tis": [m for m in ratios if m > 2], "icepop": [m for m in ratios if not 0.5 <= m <= 5]}
+    assert "correction" not in found["none"] and all(changed.values())
+    for correction, odd in changed.items():
+        mean = sum(FACTORS[correction](m) for m in ratios) / len(ratios)
+        want = {"mean": mean, "min": min(ratios), "max": max(ratios), "share": len(odd) / len(ratios)}
+        assert found[correction]["correction"] == pytest.approx(want, rel=1e-4)
+
+
+def sampled_by(model, rows):
+    """The rows, as if the model itself had sampled them."""
+    for tree in G.pack(rows, 10**6):
+        own = G.batch_logprobs(model, tree, 1.0, V).split([len(r.completion.token_ids) for r in tree.rows])
+        for row, logprobs in zip(tree.rows, own):
+            row.completion.logprobs[:] = logprobs.tolist()
+    return rows
+
+
+@pytest.mark.parametrize("correction", ["tis", "icepop"])
+def test_in_fp32_a_correction_changes_nothing_to_1e_5(correction):
+    model = make_model(vocab_size=V, std=0.15)
+    rows = [G.Row("m", Completion([i, 5], [3, i, 7], [0.0] * 3, "stop"), (-1.0) ** i, 0.1) for i in range(8)]
+    sampled_by(model, rows)
+    for fresh in (True, False):
+        plain, corrected = (G.step_gradient(model, rows, G.Config(correction=c, batch_tokens=9), V, fresh=fresh) for c in ("none", correction))
+        for a, b in zip(plain[0], corrected[0]):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+        assert corrected[1]["correction"] == pytest.approx({"mean": 1, "min": 1, "max": 1, "share": 0}, abs=1e-5)
+        with torch.no_grad():
+            model.head.mul_(1.01)
+
+
+def test_under_dropout_pi_old_is_scored_without_it():
+    """Else the factors would answer for the dropout, which neither the sampler nor a later pass has drawn."""
+    model = make_model(vocab_size=V, std=0.15)
+    add_lora(model, 4, 8.0, 0.5, ("q_proj", "v_proj"), 0)
+    for p in trainable(model):
+        torch.nn.init.normal_(p.data, 0, 0.5)
+    rows = sampled_by(model, [G.Row("m", Completion([i, 5], [3, i, 7], [0.0] * 3, "stop"), 1.0, 0.1) for i in range(8)])
+    _, figures = G.step_gradient(model, rows, G.Config(correction="tis", lora_rank=4, lora_dropout=0.5), V)
+    assert figures["correction"] == pytest.approx({"mean": 1, "min": 1, "max": 1, "share": 0}, abs=1e-4)
+    assert all(r.trained == pytest.approx(r.completion.logprobs, abs=1e-4) for r in rows) and figures["loss"] != pytest.approx(-2.4)
+
+
+def test_the_entropy_bonus_reaches_rows_of_advantage_zero():
+    model = make_model(vocab_size=V, std=0.15)
+    rows = [G.Row("m", Completion([5, 6], [3, 1], [-1.0, -1.0], "stop"), 0.0, 0.5)]
+    assert not any(x.any() for x in gradient(model, rows)[0])
+    g, figures = G.step_gradient(model, rows, G.Config(), V, fresh=False, alpha=0.3)
+    assert any(x.any() for x in g) and figures["loss"] == pytest.approx(-0.3 * figures["entropy"])
 
 
 @settings(max_examples=20)

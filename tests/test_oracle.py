@@ -57,6 +57,28 @@ def test_the_baseline_of_the_group_takes_from_calls_that_few_runs_reach(outcome)
     assert example == pytest.approx([1] * 4) and group[0] == pytest.approx(1) and max(group[1:]) < 0.5 and group[3] < group[1] / 2
 
 
+def biases(sampler) -> dict[str, float]:
+    """Of the exact estimator whose runs are a sampler's, by correction."""
+    world = oracle.World(1, sampler)
+    assert sum(r.sampled for r in world.runs) == pytest.approx(1, abs=1e-12)
+    outcome = oracle.report(world, *oracle.expectation(world, 2, oracle.CORRECTIONS, oracle.estimate_from_sampler))
+    return {c: r["bias"] for c, r in zip(oracle.CORRECTIONS, outcome)}
+
+
+def test_where_the_sampler_is_the_policy_every_correction_is_exact():
+    assert max(biases(lambda logits, rng: logits).values()) < 1e-10
+
+
+def test_what_corrections_make_of_a_sampler_that_is_not_the_policy():
+    """Weighing whole runs is exact. Factors token by token take part of the bias back; so does the plain ratio to the sampler,
+    until the two are further apart than its clip, which then drops one side of them."""
+    near, far = (biases(oracle.noisy(size)) for size in (0.03, 0.3))
+    for b in (near, far):
+        assert b["whole run"] < 1e-10 and 1e-4 < b["tis"] < 0.95 * b["ignored"]
+    assert near["none"] == pytest.approx(near["tis"]) == pytest.approx(near["icepop"])
+    assert far["none"] > 1.2 * far["ignored"]
+
+
 def test_the_gradient_of_the_loss_at_the_first_update_is_what_the_oracle_takes():
     new = torch.tensor([-1.0, -2.0, -0.5], dtype=torch.double, requires_grad=True)
     a, w = torch.tensor([0.5, -1.0, 2.0]).double(), torch.tensor([0.1, 0.2, 0.3]).double()

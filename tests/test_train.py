@@ -64,7 +64,8 @@ def test_a_step_moves_the_weights_and_reports_itself(model, tokenizer):
 
 @pytest.mark.parametrize("options", [{}, {"short_groups": "truncate"}, {"short_groups": "fill"}, {"group_size": 2}, {"level": "trajectory"},
                                      {"normalize": "token"}, {"normalize": "constant"}, {"baseline": "example", "leave_one_out": True},
-                                     {"scale_rewards": "none"}, {"inner_epochs": 2}])
+                                     {"scale_rewards": "none"}, {"scale_rewards": "batch"}, {"inner_epochs": 2},
+                                     {"correction": "tis", "inner_epochs": 2}, {"entropy_target": 10.0, "entropy_coef": 1.0}])
 def test_made_calls_are_trained_or_of_zero_advantage_or_excluded(model, tokenizer, options):
     config = dataclasses.replace(CONFIG, interrupt=0.3, **options)
     m = one_step(model, tokenizer, config)
@@ -133,6 +134,33 @@ def test_at_the_first_update_the_ratio_is_one_and_at_the_second_it_is_not(model,
     one_step(model, tokenizer, dataclasses.replace(CONFIG, inner_epochs=2, temperature=0.7, warmup=0, lr=0.01, batch_tokens=10**6))
     first, second = torch.cat(ratios[:2]), torch.cat(ratios[2:])
     assert torch.allclose(first, torch.ones_like(first), atol=1e-4) and (second - 1).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_a_correction_the_first_ratio_is_exactly_one(tokenizer, monkeypatch, dtype):
+    ratios, original = [], G.policy_loss
+    monkeypatch.setattr(G, "policy_loss", lambda new, old, *rest: (ratios.append((new - old).detach().exp()), original(new, old, *rest))[1])
+    m = one_step(make_model(vocab_size=tokenizer.size).to(dtype), tokenizer, dataclasses.replace(
+        CONFIG, inner_epochs=2, warmup=0, lr=0.01, batch_tokens=10**6, correction="tis"))
+    first, second = torch.cat(ratios[:4]), torch.cat(ratios[4:])            # two modules, each for its gradient and for its figures
+    assert torch.equal(first, torch.ones_like(first)) and (second - 1).abs().max() > 0.05
+    apart = {torch.float32: 1e-4, torch.bfloat16: 0.5}[dtype]
+    assert m["correction"]["mean"] == pytest.approx(1, abs=apart / 10) and m["correction"]["max"] - m["correction"]["min"] < 2 * apart
+
+
+def test_the_entropy_bonus_holds_where_sampling_is_below_the_target_and_nowhere_else(tokenizer):
+    """All advantages are 0: below its target the entropy is all there is to train."""
+    steps = {}
+    for target in (0.0, 0.01, 100.0):
+        model = make_model(vocab_size=tokenizer.size)
+        config = dataclasses.replace(CONFIG, entropy_target=target, entropy_coef=0.5)
+        m = one_step(model, tokenizer, config, dataclasses.replace(TASK, metric=lambda example, prediction: 0.5))
+        steps[target] = m, [p.detach() for p in model.parameters()]
+    (off, same), (above, still), (below, moved) = steps.values()
+    assert "entropy_alpha" not in off and off["grad_norm"] == 0.0
+    assert above["entropy_alpha"] == 0.0 and "entropy" not in above and all(map(torch.equal, same, still))
+    assert below["entropy_alpha"] == pytest.approx(0.5 * (1 - below["entropy_sampled"] / 100)) and below["grad_norm"] > 0
+    assert below["entropy"] == pytest.approx(below["entropy_sampled"], rel=0.3) and not torch.equal(moved[0], same[0])
 
 
 def test_the_reference_of_the_kl_is_the_frozen_start(model, tokenizer):
