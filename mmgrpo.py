@@ -655,17 +655,17 @@ def step_gradient(model: Transformer, rows: list[Row], config: Config, vocabular
     what each contributes. `fresh`: the weights are still those that sampled; ParityError where the log-probs disagree. `alpha`:
     the weight of the entropy bonus. With a correction the first pass must be a fresh one."""
     parameters, tally, batch_tokens = trainable(model), Tally(config, model.head.dtype, fresh), tokens_per_batch(model, rows, config)
-    total, device = [torch.zeros_like(p, dtype=torch.float) for p in parameters], model.head.device
+    total, device = None, model.head.device
     head = next((i for i, p in enumerate(parameters) if p is model.head), None)         # None: it is frozen
     for module in sorted({r.module for r in rows}):
-        gradient = [torch.zeros_like(g) for g in total]
+        gradient = None
         trees = pack([r for r in rows if r.module == module], batch_tokens)
         while trees:
             tree = trees.pop()
             tokens = [(p, r.advantage, r.weight) for r in tree.rows for p in r.completion.logprobs]
             sampled, advantage, weight = torch.tensor(tokens, device=device).unbind(1)                      # (N,) each
             entropies = torch.zeros_like(sampled) if alpha else None
-            d_head = None if head is None else torch.zeros_like(total[head][:vocabulary])
+            d_head = None if head is None else torch.zeros_like(model.head[:vocabulary], dtype=torch.float)
             try:
                 ref = batch_logprobs(reference, tree, config.temperature, vocabulary) if reference else None
                 old = proximal_logprobs(model, tree, sampled, config, vocabulary, fresh)
@@ -696,14 +696,22 @@ def step_gradient(model: Transformer, rows: list[Row], config: Config, vocabular
                 if config.lora_dropout:                     # was not there when sampling: one micro-batch is scored without it
                     logprobs = batch_logprobs(model, tree, config.temperature, vocabulary)
                 tally.compare(tree, logprobs, sampled)
-            for g, m in zip(gradient, more):
-                if m is not None:                           # an untied head is no part of the states' graph
-                    g += m
+            more = [torch.zeros_like(p, dtype=torch.float) if m is None else m.float() for p, m in zip(parameters, more)]
             if d_head is not None:
-                gradient[head][:vocabulary] += d_head
-        tally.norms[module] = torch.stack(torch._foreach_norm(gradient)).norm().item()
-        torch._foreach_add_(total, gradient)
-    return total, tally.figures()
+                more[head][:vocabulary] += d_head           # an untied head is no part of the states' graph: its m is None
+            gradient = add_gradients(gradient, more)
+        if gradient is not None:
+            tally.norms[module] = torch.stack(torch._foreach_norm(gradient)).norm().item()
+            total = add_gradients(total, gradient)
+    return total or [torch.zeros_like(p, dtype=torch.float) for p in parameters], tally.figures()
+
+
+def add_gradients(total: list[Tensor] | None, more: list[Tensor]) -> list[Tensor]:
+    """total + more, in place; None is 0, of which no tensors need to be held."""
+    if total is None:
+        return more
+    torch._foreach_add_(total, more)
+    return total
 
 
 # ----------------------------------------------------------------------------------------------- the training loop

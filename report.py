@@ -98,7 +98,9 @@ class Tally:
     def __init__(self, config, dtype: torch.dtype, fresh: bool):
         self.config, self.fresh, self.norms, self.sums, self.apart = config, fresh, {}, Counter(), [torch.zeros(1)]
         self.ratios, self.has_entropy = [], False
-        self.tolerance = config.parity or (1e-3 if dtype == torch.float32 else 0.5)
+        self.worst = (-1.0, "")         # how far apart, and which token of which call
+        most = config.parity or (1e-3 if dtype == torch.float32 else 2.0)
+        self.bounds = {"median": most / 40, "q99": most / 4, "max": most}
 
     @torch.no_grad()
     def batch(self, tree, loss: float, logprobs: Tensor, old: Tensor, advantage: Tensor, ref: Tensor | None,
@@ -119,19 +121,32 @@ class Tally:
         self.ratios += [ratio.min().item(), ratio.max().item()]
         self.sums.update(factors=factors.sum().item(), changed=(factors != ratio).sum().item())
 
-    def compare(self, tree, logprobs: Tensor, old: Tensor) -> None:
-        """Raises ParityError naming the call and the token whose log-probs are too far apart."""
-        apart = (logprobs - old).abs().cpu()
+    def compare(self, tree, logprobs: Tensor, sampled: Tensor) -> None:
+        """Take down how far a micro-batch's log-probs (N,) are from the sampler's, and where most."""
+        apart = (logprobs - sampled).abs().cpu().nan_to_num(math.inf)           # NaN is too far
         self.apart.append(apart)
-        if not apart.max() <= self.tolerance:               # NaN is too far
-            at = int(apart.nan_to_num(math.inf).argmax())
-            row, token = [(r, t) for r in tree.rows for t in range(len(r.completion.token_ids))][at]
-            raise ParityError(f"{row.where}: token {token} (id {row.completion.token_ids[token]}): log-prob {old[at]:.4f} when "
-                              f"sampled, {logprobs[at]:.4f} in training; at most {self.tolerance} apart is tolerated (--parity)")
+        if apart.max() > self.worst[0]:
+            at = int(apart.argmax())
+            row, token = [(row, token) for row in tree.rows for token in range(len(row.completion.token_ids))][at]
+            self.worst = (float(apart[at]), f"{row.where}: token {token} (id {row.completion.token_ids[token]}): log-prob "
+                                            f"{sampled[at]:.4f} when sampled, {logprobs[at]:.4f} in training")
+
+    def parity(self) -> dict[str, float]:
+        """How far sampled and trained log-probs are apart over the pass: median, 99% quantile, maximum.
+
+        Rounding moves all three little by little, a fault moves one of them far: the bounds are some four times what healthy
+        steps show (docs: measured in bf16 on a 135M LM, median 0.013, 99% 0.16, maximum 0.5). Raises ParityError naming the worst
+        token where one of them is passed."""
+        found = torch.cat(self.apart).quantile(torch.tensor([0.5, 0.99, 1.0])).tolist()
+        parity = dict(zip(self.bounds, found))
+        for name, bound in self.bounds.items():
+            if not parity[name] <= bound:
+                raise ParityError(f"{self.worst[1]}; the {name} of the step is {parity[name]:.4g}, at most {bound:.4g} is "
+                                  "tolerated (--parity)")
+        return parity
 
     def figures(self) -> dict:
         n, norm = max(self.sums["tokens"], 1), sum(self.norms.values()) or 1
-        parity = torch.cat(self.apart).quantile(torch.tensor([0.5, 0.99, 1.0])).tolist()
         more: dict = {}
         if self.ratios:
             more["correction"] = {"mean": self.sums["factors"] / n, "min": min(self.ratios), "max": max(self.ratios),
@@ -141,7 +156,7 @@ class Tally:
         return {"loss": self.sums["loss"], "kl": self.sums["kl"] / n, "clipped": self.sums["clipped"] / n,
                 "tokens_forwarded": self.sums["forwarded"], "tokens_unshared": self.sums["unshared"],
                 "halved": self.sums["halved"], "grad_share": {m: x / norm for m, x in self.norms.items()},
-                **({"parity": dict(zip(("median", "q99", "max"), parity))} if self.fresh else {}), **more}
+                **({"parity": self.parity()} if self.fresh else {}), **more}
 
 
 def read_lines(path: Path, cut: bool = False) -> list[dict]:
