@@ -27,6 +27,7 @@ from model import CheckpointError, Tokenizer, Transformer, load_pretrained, save
 from program import STATUSES, Call, Completion, InputError, ProgramError, Task, ToolError, Trajectory
 from prompt_files import load_prompts, write_json
 from prompts import compose, plan
+from start import add_demos, labelled_demos, without_shown
 from report import ParityError, measure, read_metrics, show
 from tokenizer import read_json
 
@@ -86,10 +87,10 @@ def fetch(name: str) -> Path:
 
 
 def split_of(task: Task, split: str, config: Config) -> list[dict]:
-    """The examples of a split."""
+    """The examples of a split, without those that are demonstrations in the prompts."""
     if not getattr(task, split):
         raise InputError(f"--task {config.task}: its {split} split is empty")
-    return getattr(task, split)
+    return getattr(without_shown(task), split)
 
 
 def folder_of(config: Config) -> Path:
@@ -162,6 +163,9 @@ def run_replay(folder: str, step: str, config: Config) -> str:
     try:
         options = json.loads((Path(folder) / "config.json").read_text())
         task, done = load_task(options)
+        if (Path(folder) / "prompts.json").exists():        # with the demonstrations that the run began with
+            load_prompts(task.program, Path(folder) / "prompts.json")
+        task = without_shown(task)
         digests = {m["step"]: m["digest"] for m in read_metrics(Path(folder))[0]}
     except (OSError, ValueError, TypeError, KeyError) as e:
         raise InputError(f"{folder}: holds no run ({type(e).__name__}: {e})") from None
@@ -191,6 +195,7 @@ def run_eval(task: Task, config: Config) -> str:
     if config.out and (Path(config.out).is_dir() or not Path(config.out).parent.is_dir()):
         raise InputError(f"--out {config.out}: expected the name of a file, in a folder that is there")
     remind(config)
+    demonstrate(task, config)
     model, tokenizer = load_model(config)
     examples, lines, results = split_of(task, config.split, config)[:config.eval_examples or None], [], {}
     for name, temperature in ((f"sampled at {config.temperature}", config.temperature), ("greedy", 0.0)):
@@ -203,10 +208,19 @@ def run_eval(task: Task, config: Config) -> str:
     return "\n".join(lines)
 
 
+def demonstrate(task: Task, config: Config) -> None:
+    """Put the demonstrations of --labelled-demos into the program, for a model that is not trained: where it says none, or
+    leaves the number open, the prompts stay as they are."""
+    if config.labelled_demos > 0:
+        add_demos(task.program, labelled_demos(task, config.labelled_demos, config.seed))
+
+
 def remind(config: Config) -> None:
     """A note where the weights of a run are used for another task, or under other prompts, than they were trained for."""
     with contextlib.suppress(CheckpointError):
         begun = read_json(Path(config.model).parent / "config.json")
+        own = Path(config.model).parent / "prompts.json"    # with the demonstrations that the run began with
+        begun |= {"prompts": str(own)} if own.exists() else {}
         for name in ("task", "prompts"):
             was, now = begun.get(name), getattr(config, name)
             if type(was) is str and was != now and (not was or not now or Path(was).resolve() != Path(now).resolve()):
@@ -216,6 +230,7 @@ def remind(config: Config) -> None:
 def run_show(task: Task, config: Config) -> str:
     """Run the program on one example and return the trace."""
     remind(config)
+    demonstrate(task, config)
     model, tokenizer = load_model(config)
     examples = split_of(task, config.split, config)
     if config.index >= len(examples):

@@ -17,6 +17,7 @@ class Config:
     data: str = ""                  # folder with the task's real data; empty: the miniature edition
     prompts: str = ""               # JSON with instructions and demos, as a prompt search leaves it, or a state of DSPy
     out: str = ""                   # folder of the run; empty: runs/<task>, then runs/<task>-2, …; of `eval`: a JSON file
+    labelled_demos: int = -1        # demonstrations per module, of training examples (-1: as many as the LM needs to be readable)
     seed: int = 0                   # everything random follows from it
     dev_seed: int = -1              # of evaluations (-1: as seed); a strategy's later rounds train with other seeds
     device: str = ""                # cpu or cuda; empty: cuda where there is one
@@ -45,6 +46,7 @@ class Config:
     lora_alpha: float = 64.0        # LoRA is scaled by this over the rank
     lora_dropout: float = 0.0       # on the input of LoRA, in the update
     lora_targets: str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"       # layers that get LoRA
+    warm_start: int = 0             # first steps that train on the LM's own readable calls, whatever their reward (0: none)
     # loss
     normalize: str = "sequence"     # mean over each call's tokens; token: over the step's; constant: sum / (voting runs x max_tokens)
     clip_low: float = 0.2           # the ratio is clipped to 1 - clip_low …
@@ -92,7 +94,7 @@ class Config:
             value, flag = getattr(self, f.name), f"--{f.name.replace('_', '-')}"
             if f.name in choices and value not in choices[f.name]:
                 raise InputError(f"{flag}: {value!r} is none of {', '.join(choices[f.name])}")
-            low = 1 if f.name in positive else -1 if f.name == "dev_seed" else -math.inf if f.name in ("failure_score", "format_failure_score", "demo_score") else 0
+            low = 1 if f.name in positive else -1 if f.name in ("dev_seed", "labelled_demos") else -math.inf if f.name in ("failure_score", "format_failure_score", "demo_score") else 0
             if f.type in ("int", "float") and (not low <= value < 2**63 or value == -math.inf):        # NaN is in no range
                 raise InputError(f"{flag}: {value} is not a number of at least {low}" + " and below 2**63" * (value >= 2**63))
             if f.name in ("interrupt", "top_p") and value > 1:

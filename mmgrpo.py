@@ -428,6 +428,15 @@ def advantages(groups: list[Group], trajectories: list[Trajectory], baseline: st
     return [a.tolist() for a in result]
 
 
+def readable(groups: list[Group], trajectories: list[Trajectory]) -> list[list[float]]:
+    """In the place of advantages, for a warm start: 1 for each member all of whose calls could be read, else 0.
+
+    The step is then supervised training on the LM's own readable calls (rejection sampling fine-tuning, as in arXiv 2308.01825,
+    with readability in the place of a right answer): where the ratio is 1, the loss's gradient is that of -sum_t w_t log pi_t."""
+    was_read = lambda m: all(trajectories[m.trajectory].calls[c].outputs is not None for c in m.calls)
+    return [[float(was_read(m)) for m in g.members] for g in groups]
+
+
 # ---------------------------------------------------------------------------------------------- loss (Eq. 7, Eq. 9)
 @dataclass(frozen=True)
 class Row:
@@ -773,12 +782,15 @@ def train_step(model, tokenizer, optimizer, reference, task: Task, config: Confi
     torch.manual_seed((config.seed * 1_000_003 + step) % 2**63)         # for LoRA's dropout; all else has seeds of its own
     groups = group_calls(trajectories, config.short_groups, config.group_size, config.level, (config.seed, step))
     values = advantages(groups, trajectories, config.baseline, config.leave_one_out, config.scale_rewards)
+    warm_start = {"warm_start": True} if step < config.warm_start else {}
+    if warm_start:
+        values = readable(groups, trajectories)
     rows = weigh(groups, values, trajectories, config.normalize, config.max_tokens)
     entropy = sampled_entropy(rows)
     alpha = entropy_coefficient(entropy, config.entropy_target, config.entropy_coef)
     # the gradient of the others is exactly 0 (AdamW's momentum goes on)
     rows = [r for r in rows if r.advantage or config.beta or alpha]
-    metrics = {"step": step + 1, **measure(trajectories, groups, values)}
+    metrics = {"step": step + 1, **warm_start, **measure(trajectories, groups, values)}
     if config.entropy_target:
         metrics |= {"entropy_sampled": entropy, "entropy_alpha": alpha}
     parameters, = optimizer.param_groups

@@ -349,7 +349,9 @@ class Trajectory:
 class Task:
     """What is trained: a program, the metric of its runs, and examples as dicts that forward and metric read. `defaults`
     are values for fields of the trainer's Config, used where the command line says nothing. The metric may be a coroutine, so
-    that it can await tools; what it gives beside "reward" is averaged by evaluations."""
+    that it can await tools; what it gives beside "reward" is averaged by evaluations. `demonstrate` says what an example shows of
+    the modules' calls, their inputs and outputs in one dict, a short reasoning included; without it, examples that have fields
+    named like a module's inputs and outputs are its demonstrations."""
     program: Program
     metric: Callable[[dict, Any], Any]      # (example, prediction) -> the reward of a completed run, or a dict of numbers with it
     train: list[dict]
@@ -357,6 +359,7 @@ class Task:
     test: list[dict]
     defaults: dict = field(default_factory=dict)
     instructions: dict[str, tuple[str, ...]] = field(default_factory=dict)      # module -> what prompt search may choose from
+    demonstrate: Callable[[dict], dict[str, list[dict]]] | None = None          # example -> module -> calls that it shows, as demos
 
 
 # -------------------------------------------------------------------------------------------------------- driver

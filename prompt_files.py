@@ -38,9 +38,10 @@ def prompts_of(program: Program) -> dict[str, dict]:
 
 
 def kept_options(config, program: Program) -> dict:
-    """The options that a run is kept with: a file of prompts with a digest of what it says."""
+    """The options that a run is kept with: with a file of prompts, or with demonstrations, a digest of what the prompts say."""
     said = hashlib.blake2b(json.dumps(prompts_of(program)).encode(), digest_size=4).hexdigest()
-    return dataclasses.asdict(config) | {"prompts": config.prompts and f"{config.prompts} (which says {said})"}
+    others = config.prompts or any(m.demos for m in program.modules().values())
+    return dataclasses.asdict(config) | {"prompts": f"{config.prompts} (which says {said})" if others else ""}
 
 
 def set_prompts(program: Program, prompts: dict[str, dict]) -> None:

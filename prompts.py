@@ -29,6 +29,7 @@ from model import save_pretrained
 from program import InputError, Module, Prediction, Program, Task, Trajectory, run_programs
 from prompt_files import difference, kept_options, prompts_of, save_dspy, save_prompts, set_prompts, write_json
 from report import cost, read_lines
+from start import begin, demonstrations, is_json, most_rollouts, without_shown
 from tokenizer import read_json
 
 
@@ -44,22 +45,6 @@ def cut_demos(runs: list[Trajectory], score: float) -> dict[str, list[list[dict]
                 if own := [d for d in own if is_json(d)]:
                     demos.setdefault(name, []).append(own)
     return demos
-
-
-def is_json(value) -> bool:
-    try:
-        return json.loads(json.dumps(value)) == value
-    except (TypeError, ValueError, RecursionError):
-        return False
-
-
-def labelled_demos(module: Module, examples: list[dict]) -> list[dict]:
-    """Demonstrations from examples that hold a module's inputs and some of its outputs. What they lack (a reasoning) is marked
-    as not supplied in the prompt."""
-    names = lambda fields: [f.name for f in fields]
-    inputs, outputs = names(module.signature.inputs), names(module.signature.outputs)
-    return [demo for e in examples if all(n in e for n in inputs) and any(n in e for n in outputs)
-            and is_json(demo := {n: e[n] for n in inputs + outputs if n in e})]
 
 
 def demo_sets(module: Module, runs: list[list[dict]], labelled: list[dict], config: Config, name: str) -> list[list[dict]]:
@@ -177,11 +162,11 @@ def candidates(task: Task, model, tokenizer, config: Config) -> dict:
         sampler = Remote(endpoint) if endpoint else Sampler(model, tokenizer, slots=config.slots, max_tokens=256,
                                                             temperature=config.temperature)
         written, dropped, asked = propose(task, demos, config, sampler)
-    found = {}
+    found, shown = {}, [demonstrations(task, e) for e in sample]
     for name, m in modules.items():
+        labelled = [demo for of_example in shown for demo in of_example.get(name, [])]
         instructions = list(dict.fromkeys([m.instruction, *given.get(name, ()), *written.get(name, ())]))
-        found[name] = {"instructions": instructions, "demos": [m.demos, *demo_sets(
-            m, demos.get(name, []), labelled_demos(m, sample), config, name)]}
+        found[name] = {"instructions": instructions, "demos": [m.demos, *demo_sets(m, demos.get(name, []), labelled, config, name)]}
     return {"modules": found, "good_runs": sum(t.status == "completed" and t.reward >= config.demo_score for t in runs),
             "dropped": dropped, "rollouts": len(runs + asked), "tokens": sum(len(c.completion.token_ids) for t in runs + asked for c in t.calls),
             "seconds": time.perf_counter() - began}
@@ -310,7 +295,7 @@ def plan(task: Task, config: Config) -> list[tuple[str, Config]]:
         again, dev_seed = kinds[:i].count(kind), config.seed if config.dev_seed < 0 else config.dev_seed
         stage = dataclasses.replace(config, seed=config.seed + 1000 * again, dev_seed=dev_seed) if again else config
         if config.budget:
-            n = affordable(kind, task, stage, config.budget // len(kinds))
+            n = affordable(kind, task, stage, config.budget // len(kinds) - (most_rollouts(task, config) if i == 0 else 0))
             stage = dataclasses.replace(stage, **{"steps" if kind == "w" else "trials": n})
         todo.append((kind, stage))
     if "w" in kinds:
@@ -338,14 +323,21 @@ def compose(task: Task, config: Config, out: Path, load: Callable, stop: Callabl
         folder.mkdir(parents=True, exist_ok=True)
         if len(todo) > 1:
             write_json(folder / "config.json", dataclasses.asdict(stage) | {"strategy": kind})
+        if i == 0:
+            began_with_demos = begin(task, model, tokenizer, stage, folder)
+            if began_with_demos and kind == "w":            # a search writes its own
+                save_prompts(task.program, folder / "prompts.json")
         before = prompts_of(task.program)
-        scores = (train if kind == "w" else search)(task, model, tokenizer, stage, folder, stop)
+        scores = (train if kind == "w" else search)(without_shown(task), model, tokenizer, stage, folder, stop)
         ended = (folder / "prompts.json").exists() if kind == "p" else step_of(states(folder)[-1]) >= stage.steps
         if not ended:
             return None
         if kind == "p":
             print(difference(before, prompts_of(task.program)))
-        at |= {"model": str(folder / "best")} if kind == "w" else {"prompts": str(folder / "prompts.json")}
+        if kind == "w":
+            at["model"] = str(folder / "best")
+        if (folder / "prompts.json").exists():
+            at["prompts"] = str(folder / "prompts.json")
         told.append({"stage": folder.name, "dev": scores, **cost(folder)})
     write_json(out / "result.json", at | {"stages": told})
     return at | {"stages": told}

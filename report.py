@@ -175,13 +175,14 @@ def read_lines(path: Path, cut: bool = False) -> list[dict]:
 
 
 def cost(out: Path) -> dict:
-    """What a run or a prompt search took: runs of the program, sampled tokens, seconds; evaluations included."""
+    """What a run or a prompt search took: runs of the program, sampled tokens, seconds; evaluations and the choice of the
+    start included."""
     total = Counter(rollouts=0, tokens=0, seconds=0.0)
     steps, dev = read_metrics(out)
     for m in steps:
         total.update(rollouts=sum(m["statuses"].values()), tokens=sum(x["tokens"] for x in m["modules"].values()),
                      seconds=sum(m["seconds"].values()))
-    found = [json.loads((out / "candidates.json").read_text())] if (out / "candidates.json").exists() else []
+    found = [json.loads(path.read_text()) for name in ("start.json", "candidates.json") if (path := out / name).exists()]
     for m in [x for d in dev for x in d["dev"].values()] + read_lines(out / "trials.jsonl") + found:
         total.update(rollouts=m.get("rollouts", sum(m.get("statuses", {}).values())), tokens=m.get("tokens", 0), seconds=m["seconds"])
     return dict(total)

@@ -43,7 +43,7 @@ PAPER = {"banking77": ((58.4, 64.6), (59.4, 65.9), (63.7, 64.9), (63.7, 69.1)), 
          "hover": ((59.5, 60.6), (63.4, 69.3), (60.2, 71.0), (68.3, 71.5))}
 DIFFERENCES = (("p", "vanilla"), ("w", "vanilla"), ("pw", "vanilla"), ("pw", "p"), ("pw", "w"), ("pw", "w-equal"))
 ABLATIONS = {"truncate": {"short_groups": "truncate"}, "fill": {"short_groups": "fill"}, "k-diverse": {"group_size": 4},
-             "trajectory": {"level": "trajectory"}, "no-std": {"scale_rewards": "none"}}
+             "trajectory": {"level": "trajectory"}, "no-std": {"scale_rewards": "none"}, "warm-start": {"warm_start": 4}}
 QUICK = {"steps": 2, "trials": 3, "minibatch": 8, "eval_examples": 16, "bootstrap": 24, "eval_every": 2, "demo_sets": 1}
 
 
@@ -118,7 +118,9 @@ class Study:
                 found = {"vanilla": {}, "p": {"prompts": pw / "1-p/prompts.json"},
                          "pw": {"model": pw / "2-w/best", "prompts": pw / "1-p/prompts.json"}}
                 for arm in ("w", "w-equal", *(ABLATIONS if t == "hover" else ())):
-                    found[arm] = {"model": self.folder(t, s, arm) / "best"}
+                    folder = self.folder(t, s, arm)
+                    began = {"prompts": folder / "prompts.json"} if (folder / "prompts.json").exists() else {}
+                    found[arm] = {"model": folder / "best"} | began         # under the demonstrations that it began with, if any
                 for arm, more in found.items():
                     leaves = self.out / f"{t}-{s}" / f"test-{arm}.json"
                     jobs.append(self.job(leaves, "eval", t, s, **{"eval_examples": 0} | self.given[t] | more, split="test", out=leaves))
@@ -213,7 +215,8 @@ def ledger(study: Study, command: str, commit: str, spent: float) -> str:
          signed(diff(mean(a, "greedy"), mean(b, "greedy")))] for a, b in DIFFERENCES]), verdict(mean)]
     if "hover" in tasks:
         names = {"w": "keep (the default)", "truncate": "truncate", "fill": "fill (the paper)", "k-diverse": "4 diverse members of 8",
-                 "trajectory": "trajectory level (Eq. 9)", "no-std": "advantages not divided by the std"}
+                 "trajectory": "trajectory level (Eq. 9)", "no-std": "advantages not divided by the std",
+                 "warm-start": "four steps on readable calls first"}
         parts += ["## Ablations: weights alone, on hover\n", table(["", "test, sampled", "test, greedy", "sampled, minus keep", "seconds"], [
             [label, interval(study.score("hover", a)), interval(study.score("hover", a, "greedy")),
              "" if a == "w" else signed(diff(study.score("hover", a), study.score("hover", "w"))), f"{study.cost('hover', a)['seconds']:.0f}"]
@@ -260,8 +263,8 @@ def curve(study: Study, task: str, seed: int, arm: str) -> list[tuple[float, flo
     points, used, best = [], 0, -np.inf
     folders = [study.folder(task, seed, "pw") / "1-p", study.folder(task, seed, "pw") / "2-w"] if arm == "pw" else [study.folder(task, seed, arm)]
     for folder in folders:
-        if (folder / "candidates.json").exists():
-            used += read_json(folder / "candidates.json")["rollouts"]
+        for name in ("start.json", "candidates.json"):
+            used += read_json(folder / name)["rollouts"] if (folder / name).exists() else 0
         for line in read_lines(folder / "trials.jsonl") + read_lines(folder / "metrics.jsonl"):
             used += sum(sum(m["statuses"].values()) for m in (line["dev"].values() if "dev" in line else [line]))
             score = line["dev"]["sampled"]["score"] if "dev" in line else line["score"] if line.get("full") else None

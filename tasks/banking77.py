@@ -37,6 +37,12 @@ def exact_match(example: dict, prediction: Prediction) -> float:
     return float(prediction.intent == example["intent"])
 
 
+def demonstrate(example: dict) -> dict[str, list[dict]]:
+    """What an example shows of `classify`. The data have no reasoning: this one is made from the label, and shows the format."""
+    words = example["intent"].replace("_", " ").lower()
+    return {"classify": [{"text": example["text"], "reasoning": f"The customer asks about: {words}.", "intent": example["intent"]}]}
+
+
 # ------------------------------------------------------------------------------------------- the miniature edition
 
 THINGS = {
@@ -99,7 +105,7 @@ def load(folder: str = "") -> Task:
             texts.add(example["text"])
             examples.append(example)
     return Task(Classify(LABELS), exact_match, train=examples[:240], dev=examples[240:360], test=examples[360:],
-                defaults={"max_tokens": 48, "max_calls": 1}, instructions={"classify": INSTRUCTIONS})
+                defaults={"max_tokens": 48, "max_calls": 1}, instructions={"classify": INSTRUCTIONS}, demonstrate=demonstrate)
 
 
 # ------------------------------------------------------------------------------------------------- the real edition
@@ -124,4 +130,5 @@ def read(folder: Path) -> tuple[list[str], list[dict]]:
 
 def _load_real(folder: Path) -> Task:
     labels, examples = read(folder)
-    return Task(Classify(tuple(labels)), exact_match, *splits(folder, examples, *SIZES), {"max_tokens": 48, "max_calls": 1})
+    return Task(Classify(tuple(labels)), exact_match, *splits(folder, examples, *SIZES), {"max_tokens": 48, "max_calls": 1},
+                demonstrate=demonstrate)

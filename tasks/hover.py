@@ -12,7 +12,9 @@ supporting_facts).
 import contextlib
 import hashlib
 import random
+import re
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import bm25s
@@ -101,6 +103,30 @@ class Search:
         """The best `documents` articles as (title, text), best first; those that share no word with it are left out."""
         places, scores = self.index.retrieve(self._tokens([query]), k=self.documents, show_progress=False)
         return [(self.titles[i], self.articles[self.titles[i]]) for i, s in zip(places[0], scores[0]) if s > 0]
+
+
+def first_sentence(text: str, least: int = 40, words: int = 25) -> str:
+    """The text up to the first full stop after `least` characters, so that one after an initial does not end it; at most so many
+    words."""
+    end = re.search(r"[.!?](?=\s|$)", text[least:])
+    sentence = text[:least + end.end()] if end else text
+    return " ".join(sentence.split()[:words])
+
+
+def demonstrate(articles: dict[str, str], example: dict) -> dict[str, list[dict]]:
+    """What a claim and its articles {title: text} show of a run that finds these one after another, those first whose titles stand in
+    the claim. A note is an article's first sentence. The data have no reasoning: these are made from the titles, and show the format."""
+    claim = example["claim"]
+    titles = sorted(example["titles"], key=lambda title: title not in claim)        # stable: the others stay in their order
+    facts = [first_sentence(articles[t]) for t in titles]
+    queries, notes = [], []
+    for i, title in enumerate(titles):
+        known = {"claim": claim, "key_facts": facts[:i]}
+        if i > 0:
+            queries.append(known | {"reasoning": f"I still need the article about {title}.", "query": title})
+        notes.append(known | {"search_results": [f"{title} | {facts[i]}"], "reasoning": f"The result about {title} helps.",
+                              "new_key_fact": facts[i]})
+    return {"generate_query": queries, "append_notes": notes}
 
 
 # ------------------------------------------------------------------------------------------- the miniature edition
@@ -224,7 +250,8 @@ def load(folder: str = "") -> Task:
     return Task(ResearchHop(Search(wiki.articles)), recall, train=claims[:240], dev=claims[240:360], test=claims[360:],
                 defaults={"max_tokens": 64, "max_calls": 6, "steps": 24, "eval_every": 12, "lr": 1e-3, "warmup": 2,
                           "format_failure_score": 0.0, "demo_score": 0.75},
-                instructions={"generate_query": QUERY_INSTRUCTIONS, "append_notes": NOTE_INSTRUCTIONS})
+                instructions={"generate_query": QUERY_INSTRUCTIONS, "append_notes": NOTE_INSTRUCTIONS},
+                demonstrate=partial(demonstrate, wiki.articles))
 
 
 # ------------------------------------------------------------------------------------------------- the real edition
@@ -255,4 +282,5 @@ def _load_real(folder: Path) -> Task:
     if len(articles) > 100_000:                             # worth keeping; under the corpus' own digest
         with (folder / "corpus.jsonl").open("rb") as file:
             kept = Path(".cache") / f"bm25-{hashlib.file_digest(file, 'blake2b').hexdigest()[:16]}"
-    return Task(ResearchHop(Search(articles, kept=kept)), recall, *splits(folder, known, 500, 250, 250), {"max_tokens": 96, "max_calls": 6})
+    return Task(ResearchHop(Search(articles, kept=kept)), recall, *splits(folder, known, 500, 250, 250),
+                {"max_tokens": 96, "max_calls": 6}, demonstrate=partial(demonstrate, articles))

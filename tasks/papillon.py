@@ -150,6 +150,14 @@ def query(rng: random.Random, names: Names, salt: str = "") -> dict:
             "request": REQUEST.format(**values), "parts": [f"Dear {values['N']}", line_about(values["topic"], salt)]}
 
 
+def demonstrate(example: dict) -> dict[str, list[dict]]:
+    """What an example shows of both calls. The data have no reasoning: these are made for the format."""
+    request, (opening, line), query = example["request"], example["parts"], example["user_query"]
+    return {"craft_redacted_request": [{"user_query": query, "reasoning": "I leave the names out.", "llm_request": request}],
+            "respond_to_query": [{"related_llm_request": request, "related_llm_response": untrusted(request), "user_query": query,
+                                  "reasoning": "I address it to the right name.", "response": f"{opening}, {line}."}]}
+
+
 def load(folder: str = "") -> Task:
     """The task: miniature where `folder` is empty, else the data in it. Raises InputError naming file and line."""
     if folder:
@@ -159,18 +167,41 @@ def load(folder: str = "") -> Task:
     examples = [query(rng, names) for _ in range(500)]
     return Task(Papillon(untrusted), Reward(quality_of_parts), train=examples[:240], dev=examples[240:360],
                 test=examples[360:], defaults={"max_tokens": 64, "max_calls": 2, "demo_score": 0.75},
-                instructions={"craft_redacted_request": CRAFT_INSTRUCTIONS, "respond_to_query": RESPOND_INSTRUCTIONS})
+                instructions={"craft_redacted_request": CRAFT_INSTRUCTIONS, "respond_to_query": RESPOND_INSTRUCTIONS},
+                demonstrate=demonstrate)
 
 
 # ------------------------------------------------------------------------------------------------- the real edition
+
+SHORT = 40          # words that a query, and what is kept of a response, may have in a demonstration
+
+
+def beginning(text: str, words: int = SHORT) -> str:
+    """The first sentences of a text, as many as there are in so many words; if the first is longer, so many words of it."""
+    cut = " ".join(text.split()[:words])
+    whole = re.match(r".*[.!?](?=\s|$)", cut)
+    return whole[0] if whole else cut
+
+
+def demonstrate_real(example: dict) -> dict[str, list[dict]]:
+    """What a row shows of both calls: its redacted query, and the beginning of its target as what the other LM says and as the
+    response; nothing where the query is long. The data have no reasoning: these are made for the format."""
+    query, request = example["user_query"], example["redacted"]
+    if not request or len(query.split()) > SHORT:
+        return {}
+    response = beginning(example["target"])
+    return {"craft_redacted_request": [{"user_query": query, "reasoning": "I leave out what is private.", "llm_request": request}],
+            "respond_to_query": [{"related_llm_request": request, "related_llm_response": response, "user_query": query,
+                                  "reasoning": "The other assistant has answered; I pass it on.", "response": response}]}
+
 
 def _load_real(folder: Path) -> Task:
     """111 train, 221 dev and 221 test rows of PUPA, as many as in the paper, in an order fixed by a seed."""
     rows = read_rows(folder / "PUPA_New.csv", {"user_query": text, "target_response": text,
                                                 "pii_units": lambda units: bool(units.strip("| "))})
-    examples = [{"user_query": row["user_query"], "target": row["target_response"],
+    examples = [{"user_query": row["user_query"], "target": row["target_response"], "redacted": row.get("redacted_query", ""),
                  "pii": [unit for unit in row["pii_units"].split("||") if unit]} for row in rows]
     random.Random("papillon").shuffle(examples)
     untrusted, judge = Endpoint.named("MMGRPO_UNTRUSTED") or (lambda request: request), Endpoint.named("MMGRPO_JUDGE")
     return Task(Papillon(untrusted), Judged(judge) if judge else Reward(quality_of_words), *splits(folder, examples, 111, 221, 221),
-                {"max_tokens": 128, "max_calls": 2})
+                {"max_tokens": 128, "max_calls": 2}, demonstrate=demonstrate_real)

@@ -18,6 +18,7 @@ from lora import merged as merge
 from program import Call, Completion, InputError, Module, Prediction, Program, Task, ToolError, Trajectory, run_programs
 from prompt_files import difference, load_prompts, prompts_of, save_prompts
 from report import cost, read_metrics
+from start import most_rollouts
 from tokenizer import CheckpointError
 
 
@@ -80,11 +81,6 @@ def test_demonstrations_are_the_modules_own_calls_in_good_runs():
     excluded = run_of(("ask", {"x": "l"}, {"y": "m"}), reward=None, status="tool_error")
     assert P.cut_demos([good, bad, failed, unread, odd, excluded], 0.5) == {
         "ask": [[{"x": "a", "y": "b"}, {"x": "c", "y": "d"}]], "note": [[{"x": "a", "y": "b", "z": "e"}]]}
-
-
-def test_labelled_demonstrations_come_from_examples_that_have_inputs_and_an_output():
-    examples = [{"x": "a", "y": "b", "other": 1}, {"x": "a"}, {"y": "b"}]
-    assert P.labelled_demos(Two().ask, examples) == [{"x": "a", "y": "b"}] and P.labelled_demos(Two().note, examples) == []
 
 
 @given(runs=st.lists(st.lists(st.integers(0, 9).map(lambda i: {"x": str(i), "y": "y"}), min_size=1, max_size=3), max_size=6),
@@ -372,9 +368,10 @@ def test_all_rollouts_are_counted_and_within_the_budget(model, tokenizer, tmp_pa
     spent = [s["rollouts"] for s in result["stages"]]
     assert sum(spent) == sum(made) <= 60 and all(n <= 30 for n in spent)
     assert cost(tmp_path / "1-p")["rollouts"] == spent[0]
-    for kind, taken in zip("pw", spent):
-        n = P.affordable(kind, PAIR, config, 30)
-        assert taken <= P.rollouts(kind, n, PAIR, config) <= 30 < P.rollouts(kind, n + 1, PAIR, config)
+    probe = json.loads((tmp_path / "1-p/start.json").read_text())["rollouts"]
+    for kind, taken, left in (("p", spent[0] - probe, 30 - most_rollouts(PAIR, config)), ("w", spent[1], 30)):
+        n = P.affordable(kind, PAIR, config, left)
+        assert taken <= P.rollouts(kind, n, PAIR, config) <= left < P.rollouts(kind, n + 1, PAIR, config)
     with pytest.raises(InputError, match="--budget 60"):
         P.affordable("w", PAIR, config, 5)
     assert P.affordable("w", PAIR, config, 10**15) > 10**14                 # at once

@@ -16,7 +16,7 @@ from program import InputError
 from tokenizer import CheckpointError
 
 GAIN = {"vanilla": 0.3, "p": 0.4, "w": 0.5, "pw": 0.6, "w-equal": 0.55, "truncate": 0.41, "fill": 0.42, "k-diverse": 0.43, "trajectory": 0.44,
-        "no-std": 0.45}
+        "no-std": 0.45, "warm-start": 0.46}
 
 
 @pytest.fixture
@@ -38,6 +38,9 @@ def commands(monkeypatch, tmp_path):
                 module = {"instructions": ["a", "b"], "demos": [[], [{"x": 1}]]}
                 start = {"m": {"instruction": "a", "demos": []}}
                 (out / "1-p/candidates.json").write_text(json.dumps({"modules": {"m": module}, "start": start, "rollouts": 7}))
+            if "banking77-1/w" in str(out):                 # the one that began with demonstrations
+                (out / "prompts.json").write_text("{}")
+                (out / "start.json").write_text('{"rollouts": 64}')
             stages = [{"rollouts": 10, "tokens": 100, "seconds": 1.0}] * (1 + ("--strategy" in flags))
             (out / "result.json").write_text(json.dumps({"stages": stages}))
         else:
@@ -81,9 +84,11 @@ def test_test_is_read_when_all_trainings_are_done_and_nothing_is_chosen_on_it(mo
     reproduce(monkeypatch, "--seeds", "2", "--jobs", "2")
     tests = [i for i, (_, flags) in enumerate(commands) if flags.get("--split") == "test"]
     assert min(tests) > max(i for i, (verb, _) in enumerate(commands) if verb == "train")
-    assert len(tests) == 2 * (3 * 5 + 5) and all(commands[i][1]["--eval-examples"] == "0" for i in tests)
+    assert len(tests) == 2 * (3 * 5 + 6) and all(commands[i][1]["--eval-examples"] == "0" for i in tests)
     both = next(flags for _, flags in commands if flags["--out"].endswith("hover-1/test-pw.json"))
     assert both["--model"].endswith("hover-1/pw/2-w/best") and both["--prompts"].endswith("hover-1/pw/1-p/prompts.json")
+    began = {Path(flags["--out"]).stem: flags["--prompts"] for _, flags in commands if "--prompts" in flags and "banking77-1/" in flags["--out"]}
+    assert {arm: Path(at).parts[-2] for arm, at in began.items()} == {"test-p": "1-p", "test-pw": "1-p", "test-w": "w", "test-w-equal": "w-equal"}
     assert "--model" not in next(flags for _, flags in commands if flags["--out"].endswith("test-vanilla.json"))
 
 

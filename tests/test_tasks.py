@@ -10,7 +10,8 @@ import pytest
 from conftest import ROOT
 from strategies import ScriptedSampler
 
-from program import InputError, Module, Prediction, Program, render_outputs, run_programs
+from program import InputError, Module, Prediction, Program, parse, render_outputs, run_programs
+from start import labelled_demos
 from tasks import banking77, hover, papillon, pretrain, pretrain_banking77, pretrain_hotpotqa
 from tasks.world import WORDS, Names, half_of
 
@@ -223,6 +224,9 @@ def test_the_published_data_itself_is_read(name, task, sizes):
         pytest.skip(f"no published {name} data beside the project")
     t = task.load(str(folder))
     assert (len(t.train), len(t.dev), len(t.test)) == sizes
+    for module, demos in labelled_demos(t, 8, 0).items():
+        outputs = t.program.modules()[module].signature
+        assert len(demos) == 8 and all(parse(outputs, render_outputs(outputs, d)) for d in demos)
 
 
 def test_no_query_of_banking77_is_in_two_of_splits_demonstrations_and_the_rest(tmp_path):
