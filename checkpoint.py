@@ -19,7 +19,9 @@ import torch
 
 from program import InputError
 
-FREE = ("out", "resume", "steps", "trials", "split", "index")         # options that may differ when a run goes on
+# options that may differ when a run goes on
+FREE = ("out", "resume", "steps", "trials", "split", "index", "patience", "show_every",
+        "show_prompts")
 
 
 def _flush(path: Path) -> None:

@@ -27,8 +27,9 @@ from model import CheckpointError, Tokenizer, Transformer, load_pretrained, save
 from program import STATUSES, Call, Completion, InputError, ProgramError, Task, ToolError, Trajectory
 from prompt_files import load_prompts, write_json
 from prompts import compose, plan
+from report import (FirstFailures, ParityError, StoppedError, expected_of, lenient_output, measure,
+                    read_metrics, show)
 from start import add_demos, labelled_demos, without_shown
-from report import ParityError, measure, read_metrics, show
 from tokenizer import read_json
 
 
@@ -75,7 +76,9 @@ def fetch(name: str) -> Path:
     """The folder of a checkpoint, or FILE.gguf: one that is there, or a download of that name from
     the Hugging Face hub, which is kept."""
     for path in (Path(name), Path(__file__).parent / name):
-        if path.is_dir() or path.is_file() and path.suffix == ".gguf":
+        if path.is_dir():
+            return checkpoint_in(path, name)
+        if path.is_file() and path.suffix == ".gguf":
             return path
     if name.endswith(".gguf") or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return Path(name)                                   # read, and refused, as a file or folder
@@ -84,6 +87,21 @@ def fetch(name: str) -> Path:
     except Exception as e:                                  # no network, no such name, no permission: many classes
         raise InputError(f"--model {name}: is no folder here, and the hub gave none ({type(e).__name__}: {str(e).split(chr(10))[0]}); "
                          "offline, give a folder with config.json, tokenizer.json and *.safetensors") from None
+
+
+def checkpoint_in(folder: Path, name: str) -> Path:
+    """The folder. Raises InputError where it is that of a run, naming the checkpoint in it."""
+    best = [p for p in (folder / "best", *sorted(folder.glob("*-w/best"))) if p.is_dir()]
+    if best and not [*folder.glob("*.safetensors")]:
+        raise InputError(f"--model {name}: is the folder of a run; its checkpoint is {best[-1]}")
+    return folder
+
+
+def decoder(tokenizer: Tokenizer, config: Config):
+    """What turns prompt ids into the text that the LM was given; None without --show-prompts."""
+    if not config.show_prompts:
+        return None
+    return lambda ids: tokenizer.tokenizer.decode(ids, skip_special_tokens=False)
 
 
 def split_of(task: Task, split: str, config: Config) -> list[dict]:
@@ -118,7 +136,7 @@ def run_train(task: Task, config: Config) -> str:
     single, config = len(todo) == 1, todo[0][1] if len(todo) == 1 else config
     out, interrupts = folder_of(config), 0
     out.mkdir(parents=True, exist_ok=True)
-    lock = (out / ".lock").open("w")                        # held as long as this process lives
+    lock = (out / ".lock").open("w")                        # held until this ends, however it does
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -140,9 +158,15 @@ def run_train(task: Task, config: Config) -> str:
         print("\nstopping after this step or trial; Ctrl-C again stops at once", file=sys.stderr)
     before, began = signal.signal(signal.SIGINT, on_interrupt), time.perf_counter()
     try:
-        result = compose(task, config, out, lambda stage: loaded.pop() if loaded else load_model(stage), lambda: interrupts > 0)
+        with FirstFailures(out / "errors.log"):
+            result = compose(task, config, out, lambda stage: loaded.pop() if loaded else load_model(stage),
+                             lambda: interrupts > 0)
+    except (StoppedError, ProgramError) as e:
+        e.add_note(f"the same command with OUT={out} goes on from here")
+        raise
     finally:
         signal.signal(signal.SIGINT, before)
+        lock.close()
     write_json(out / "config.json", options)                # --steps or --trials may have changed
     if not result:
         return f"stopped; the same command with OUT={out} goes on"
@@ -158,15 +182,23 @@ def run_train(task: Task, config: Config) -> str:
 
 def run_replay(folder: str, step: str, config: Config) -> str:
     """Sample the rollouts of a step of a run once more, from the newest state before it or from the start; say whether they
-    are token for token those of the run, and show those of example --index of the step."""
+    are token for token those of the run, and show those of example --index of the step.
+
+    A run's folder is data, which people share: a task file that it names is not run unless --task gives
+    it on the command line, but for those of tasks/. Raises InputError naming it."""
     step = int(step)
     try:
         options = json.loads((Path(folder) / "config.json").read_text())
-        task, done = load_task(options)
+        if not config.task and not re.fullmatch(r"\w+", options["task"]):
+            raise InputError(f"{folder}: was trained on {options['task']}, whose code is not run unless "
+                             f"you give it: --task {options['task']}")
+        task, done = load_task(options | {"task": config.task or options["task"]})
         if (Path(folder) / "prompts.json").exists():        # with the demonstrations that the run began with
             load_prompts(task.program, Path(folder) / "prompts.json")
         task = without_shown(task)
         digests = {m["step"]: m["digest"] for m in read_metrics(Path(folder))[0]}
+    except InputError:
+        raise
     except (OSError, ValueError, TypeError, KeyError) as e:
         raise InputError(f"{folder}: holds no run ({type(e).__name__}: {e})") from None
     if not digests:
@@ -185,7 +217,10 @@ def run_replay(folder: str, step: str, config: Config) -> str:
         mmgrpo.train_step(model, tokenizer, optimizer, reference, task, done, i)
     trajectories, _ = mmgrpo.sample_step(model, tokenizer, task, done, step - 1)
     same = measure(trajectories, [], [])["digest"] == digests[step]
-    shown = [show(t) for t in trajectories if t.example == config.index]
+    batch = mmgrpo.batch_of(step - 1, done.examples, len(task.train), done.seed)
+    expected = expected_of(task.program, task.train[batch[config.index]])
+    shown = [show(t, expected=expected, decode=decoder(tokenizer, config))
+             for t in trajectories if t.example == config.index]
     return "\n\n".join([*shown, f"step {step}: {len(trajectories)} runs, {sum(len(t.calls) for t in trajectories)} calls: "
                                  f"{'token for token' if same else 'NOT'} those of the run"])
 
@@ -199,7 +234,9 @@ def run_eval(task: Task, config: Config) -> str:
     model, tokenizer = load_model(config)
     examples, lines, results = split_of(task, config.split, config)[:config.eval_examples or None], [], {}
     for name, temperature in ((f"sampled at {config.temperature}", config.temperature), ("greedy", 0.0)):
-        result = results[name.split()[0]] = evaluate(model, tokenizer, task, examples, config, temperature)
+        with FirstFailures():
+            result = evaluate(model, tokenizer, task, examples, config, temperature)
+        results[name.split()[0]] = result
         lines.append(f"{config.task} {config.split} score, {name}: {result['score']:.3f} ± {result['stderr']:.3f} "
                      f"({len(examples)} examples: {', '.join(f'{n} {s}' for s, n in result['statuses'].items() if n)})"
                      + "".join(f"\n  {name} {mean:.3f}" for name, mean in result["measures"].items()))
@@ -235,7 +272,10 @@ def run_show(task: Task, config: Config) -> str:
     examples = split_of(task, config.split, config)
     if config.index >= len(examples):
         raise InputError(f"--index {config.index}: the {config.split} split has {len(examples)} examples")
-    return show(play(model, tokenizer, task, [examples[config.index]], config, config.temperature, step=-1)[0][0])
+    example = examples[config.index]
+    with FirstFailures():
+        (run,), _ = play(model, tokenizer, task, [example], config, config.temperature, step=-1)
+    return show(run, expected=expected_of(task.program, example), decode=decoder(tokenizer, config))
 
 
 LOGPROBS = ["logprobs", "old_logprobs", "ref_logprobs"]     # what a call may carry, a number for each sampled token
@@ -345,18 +385,22 @@ def parse_arguments(argv: list[str]) -> tuple[str, list]:
     takes = {"group": "FILE", "replay": "RUN STEP", "merge": "ADAPTER OUT"}.get(command, "")
     if len(files) != len(takes.split()) or command == "replay" and not files[1].isdecimal():
         parser.error(f"{command} takes {takes or 'options only'}")
+    if command == "replay":
+        given = {"task": ""} | given            # what the command line says, and no default
     return command, [*files, Config(**given)] if takes else [*load_task(given)]
 
 
 def main(argv: list[str]) -> int:
+    lenient_output()
     try:
         command, arguments = parse_arguments(argv)
         run = {"train": run_train, "prompts": run_train, "eval": run_eval, "show": run_show, "group": run_group, "replay": run_replay,
                "merge": run_merge}[command]
         print(run(*arguments))
         return 0
-    except (InputError, CheckpointError, ProgramError, ParityError, ToolError, FloatingPointError, OSError) as e:
+    except (InputError, CheckpointError, ProgramError, ParityError, StoppedError, ToolError,
+            FloatingPointError, OSError) as e:
         if e.__cause__ is not None:                                 # a bug in the user's program: with its traceback
             traceback.print_exception(e.__cause__)
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {e}", *getattr(e, "__notes__", ()), sep="\n", file=sys.stderr)
         return 2

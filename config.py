@@ -69,6 +69,7 @@ class Config:
     bootstrap: int = 100            # training examples run for demonstrations
     # optimizer
     steps: int = 20                 # training steps, each of inner_epochs optimizer steps
+    patience: int = 5               # steps in a row with nothing to learn after which training stops (0: never)
     inner_epochs: int = 1           # updates on the same rollouts
     lr: float = 5e-4                # of AdamW
     warmup: int = 5                 # steps of linear warm-up
@@ -80,9 +81,11 @@ class Config:
     # evaluation
     eval_every: int = 10            # steps between dev evaluations; before and after are always measured
     eval_examples: int = 100        # dev (or test) examples used (0: all)
+    show_every: int = 10            # steps between sampled runs that are printed while training (0: none are)
     resume: bool = False            # go on with the task's last run in runs/
     split: str = "dev"              # of `eval` and `show`: train, dev or test
     index: int = 0                  # of `show`: which example
+    show_prompts: bool = False      # of `show` and `replay`: with the text of each prompt, as the LM was given it
 
     def __post_init__(self):
         choices = {"level": ("call", "trajectory"), "short_groups": ("keep", "truncate", "fill"), "baseline": ("group", "example"),

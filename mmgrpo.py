@@ -36,14 +36,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import load_state, save_state
+from checkpoint import load_state, save_state, states, step_of
 from config import Config
 from lora import WithoutLoRA, add_lora, lora_layers, save_adapter
 from model import (KVCache, Tokenizer, Transformer, TreeAttention, activation_bytes, fp32_head, fp32_logits, memory_of, nodes_for,
                    round_up, save_pretrained, slots_for, trainable)
 from prompt_files import kept_options
 from program import Completion, InputError, ProgramError, Task, Trajectory, run_programs
-from report import Tally, measure, plot, statuses
+from report import (StoppedError, Tally, collapsed, expected_of, idle_steps, measure, nothing_to_learn, plot,
+                    read_metrics, remarks, show, statuses, step_line, too_many_excluded)
 
 # ------------------------------------------------------------------------------------------------------- sampler
 def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0):
@@ -771,9 +772,15 @@ def sample_step(model, tokenizer, task: Task, config: Config, step: int) -> tupl
     return play(model, tokenizer, task, examples, config, config.temperature, step, rollouts=config.rollouts, interrupt=config.interrupt)
 
 
-def train_step(model, tokenizer, optimizer, reference, task: Task, config: Config, step: int) -> dict:
-    """One step of mmGRPO: sample, group, compare, weigh, update. Returns what is to be known of it."""
+def train_step(model, tokenizer, optimizer, reference, task: Task, config: Config, step: int,
+               watch: Callable[[list[Trajectory]], None] = lambda trajectories: None) -> dict:
+    """One step of mmGRPO: sample, group, compare, weigh, update. Returns what is to be known of it.
+
+    `watch` sees the rollouts. Raises StoppedError, with nothing changed, where most are excluded."""
     trajectories, seconds = sample_step(model, tokenizer, task, config, step)
+    watch(trajectories)
+    if unfit := too_many_excluded(trajectories):
+        raise StoppedError(f"step {step + 1}: {unfit}")
     if not any(t.votes and t.calls for t in trajectories):
         raise ProgramError(f"step {step + 1}: there is nothing to train: no run gave both LM calls and a reward "
                            f"({', '.join(f'{n} {s}' for s, n in statuses(trajectories).items() if n)}; the first: "
@@ -793,6 +800,8 @@ def train_step(model, tokenizer, optimizer, reference, task: Task, config: Confi
     metrics = {"step": step + 1, **warm_start, **measure(trajectories, groups, values)}
     if config.entropy_target:
         metrics |= {"entropy_sampled": entropy, "entropy_alpha": alpha}
+    if not metrics["calls"]["trained"]:
+        metrics["idle"] = nothing_to_learn(trajectories, config)
     parameters, = optimizer.param_groups
     parameters["lr"] = config.lr * min(1.0, (step + 1) / max(config.warmup, 1))
     for epoch in range(config.inner_epochs):
@@ -822,14 +831,19 @@ def check_sampling(config: Config) -> None:
 def train(task: Task, model: Transformer, tokenizer: Tokenizer, config: Config, out: Path,
           stop: Callable[[], bool] = lambda: False) -> list[float]:
     """Train model's weights in place; return the dev scores, the first before any step. What it leaves in the folder `out`
-    is in the README ("What a run leaves"). A run that was interrupted there goes on; it ends early once stop() is true."""
+    is in the README ("What a run leaves"). A run that was interrupted there goes on; it ends early once stop() is true.
+
+    Raises StoppedError where it would get nowhere, and ProgramError for a bug in the program or the
+    metric, both with the state saved before the step that failed."""
     check_sampling(config)
     if lora_layers(model):
         raise InputError(f"--model {config.model}: is a LoRA adapter; merge it first (`merge ADAPTER OUT`), then train what came of it")
     save = partial(save_adapter, base=config.model) if config.lora_rank else save_pretrained
     optimizer, reference = prepare(model, config)               # before load_state: the reference is the start, always
     options, dev = kept_options(config, task.program), task.dev[:config.eval_examples or None]
+    out.mkdir(parents=True, exist_ok=True)
     start, scores = load_state(out, model, optimizer, options)
+    history = read_metrics(out)[0] if scores else []            # the lines of all steps so far
     log = (out / "metrics.jsonl").open("a" if scores else "w")
     bar = tqdm(range(start, config.steps), desc=config.task, unit="step", disable=None, initial=start, total=config.steps)
 
@@ -844,12 +858,37 @@ def train(task: Task, model: Transformer, tokenizer: Tokenizer, config: Config, 
         bar.write(f"step {step:4d}  dev {scores[-1]:.3f} ± {sampled['stderr']:.3f}  greedy {greedy['score']:.3f}  "
                   + ", ".join(f"{n} {s}" for s, n in sampled["statuses"].items() if n))
 
+    def show_one(trajectories: list[Trajectory]):
+        """Print, now and then, the first run of the step's first example."""
+        if config.show_every and step % config.show_every == 0:
+            first = batch_of(step, config.examples, len(task.train), config.seed)[0]
+            expected = expected_of(task.program, task.train[first])
+            trace = show(trajectories[0], expected=expected, longest=300)
+            bar.write(f"step {step + 1:4d}, the first of its runs:\n{trace}")
+
+    def keep(step: int):
+        """Save the state for a training that is about to stop, unless it just was."""
+        if step_of(states(out)[-1]) < step:
+            save_state(out, step, optimizer, scores, options)
+
     if not scores:
         check(0)
     for step in bar:
-        metrics = train_step(model, tokenizer, optimizer, reference, task, config, step)
+        try:
+            metrics = train_step(model, tokenizer, optimizer, reference, task, config, step, show_one)
+        except (StoppedError, ProgramError):
+            keep(step)                                  # the weights are as they were before it
+            raise
+        history.append(metrics)
+        if sentence := collapsed(history):
+            metrics["collapse"] = sentence
         print(json.dumps(metrics), file=log, flush=True)
-        bar.set_postfix(reward=f"{metrics['reward']:.3f}", grad=f"{metrics['grad_norm']:.2f}", refresh=False)
+        bar.set_postfix(reward=f"{metrics['reward']:.3f}", entropy=f"{metrics['surprise']:.3f}",
+                        refresh=False)
+        if bar.disable:                                 # there is no terminal to draw it on
+            print(step_line(metrics), file=sys.stderr, flush=True)
+        for remark in remarks(history):
+            bar.write(remark, file=sys.stderr)
         ending = stop()
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
             check(step + 1)
@@ -857,6 +896,11 @@ def train(task: Task, model: Transformer, tokenizer: Tokenizer, config: Config, 
             save_state(out, step + 1, optimizer, scores, options)
         if ending:
             break
+        idle = idle_steps(history)
+        if 0 < config.patience <= idle and step + 1 < config.steps:
+            keep(step + 1)
+            raise StoppedError(f"{idle} steps in a row taught nothing (--patience {config.patience}): "
+                               f"{metrics['idle']}")
     log.close()
     plot(out)
     return scores

@@ -25,6 +25,7 @@ import contextvars
 import copy
 import inspect
 import json
+import logging
 import math
 import random
 import re
@@ -36,6 +37,8 @@ from types import SimpleNamespace
 from typing import Any, Callable
 from xml.sax.saxutils import unescape
 
+log = logging.getLogger("mmgrpo")       # failures of tools and metrics, a line each, as they happen
+
 
 class InputError(ValueError):
     """Something given from outside that cannot be used: a signature, an option, a file. The message names it."""
@@ -44,7 +47,7 @@ class ProgramError(RuntimeError):
     """A bug in the user's program. The message names the example and the last call; the cause has the traceback."""
 
 class ToolError(RuntimeError):
-    """A tool that failed after its retries, or a metric that raised or gave no finite number."""
+    """A tool that failed after its retries, a metric whose judge failed, or one that gave NaN."""
 
 class FormatError(ValueError):
     """A completion whose output fields could not all be read. `present` are those that could."""
@@ -54,6 +57,17 @@ class FormatError(ValueError):
 
 class LengthError(FormatError):
     """A completion cut by its token limit before its fields were complete, or a prompt that did not fit."""
+
+class LMError(FormatError):
+    """The LM's own mistake, found by a tool, the program or the metric: it asked for what is not there.
+
+    The run ends as `format_error` and votes, with the failure score, since all fields could be read.
+    Example: raise LMError(f"no city is called {name!r}")
+    """
+
+# Raised by a metric, these are bugs of the program and stop the run; what else it raises, a judge
+# that does not answer or a division by zero, excludes the run.
+BUGS = (TypeError, AttributeError, LookupError, NameError, AssertionError, ImportError)
 
 
 # ---------------------------------------------------------------------------------------------------- signatures
@@ -82,14 +96,19 @@ class Signature:
     def __init__(self, fields: str, instruction: str = "", descriptions: dict[str, str] | None = None,
                  types: dict[str, tuple[str, ...]] | None = None):
         descriptions, types = descriptions or {}, types or {}
+        if fields.count("->") != 1:
+            raise InputError(f"signature {fields!r}: expected inputs and outputs on both sides of one "
+                             "->, as in 'text -> intent'")
         try:                                        # each side is read by Python's own grammar of arguments
             sides = [ast.parse(f"def _({side}): 0").body[0].args for side in fields.split("->")]
-            if len(sides) != 2 or any(a.vararg or a.kwarg or a.kwonlyargs or a.posonlyargs or a.defaults for a in sides):
-                raise ValueError("expected names, with types or without, on both sides of one ->")
+            if any(a.vararg or a.kwarg or a.kwonlyargs or a.posonlyargs or a.defaults for a in sides):
+                raise ValueError("only names and types are known here")
             self.inputs, self.outputs = (tuple(Field(a.arg, _type(a, types), descriptions.get(a.arg, "")) for a in side.args)
                                          for side in sides)
         except (SyntaxError, ValueError) as e:
-            raise InputError(f"signature {fields!r}: {e.msg if isinstance(e, SyntaxError) else e}") from None
+            raise InputError(f"signature {fields!r}: expected names, with types or without and commas "
+                             "between, on both sides of one ->, as in 'text, kind: int -> intent' "
+                             f"({getattr(e, 'msg', e)})") from None
         names = [f.name for f in self.inputs + self.outputs]
         if not self.outputs or len(names) != len(set(names)):
             raise InputError(f"signature {fields!r}: needs at least one output, and every name once")
@@ -170,6 +189,38 @@ def render(signature: Signature, inputs: dict, instruction: str | None = None, d
     return [{"role": "system", "content": system}, *partial, *whole, message("user", given(inputs), request)]
 
 
+AROUND = " \t\r\n'\"`“”‘’«»()[]{}*"     # what may stand around a label
+AFTER = ".,;:!?"                        # and what after it
+
+
+def _label(labels: tuple[str, ...], text: str) -> str:
+    """The label that a text names. Raises ValueError where it names none, or more than one.
+
+    Read in turn, and taken where it fits exactly one label:
+        as it stands                                                            card_lost
+        without the quotes, Literal[…] or str[…] around it, as DSPy reads it    "card_lost"
+        without quotes, brackets, blanks and stars around it, or punctuation    **card_lost**.
+            after it; those of the label are left out too                       lost (for `lost?`)
+        in another case, with these marks and without                           Card_Lost
+    Nothing else is read: no part of a label, no other spelling, no blank for an underscore, no sign or
+    symbol left out (`-1`, `C#`). Between labels that differ only in case or marks nothing is guessed.
+    """
+    inner = re.fullmatch(r"(?:Literal|str)\[(.*)\]", text, re.S)
+    inner = inner[1] if inner else text
+    if len(inner) > 1 and inner[0] == inner[-1] and inner[0] in "'\"":
+        inner = inner[1:-1]
+    bare = lambda s: s.rstrip(AROUND + AFTER).lstrip(AROUND)
+    folded = lambda s: bare(s).casefold()
+    readings = [(text, str), (inner, str)]
+    if bare(inner):                                     # marks alone name nothing
+        readings += [(bare(inner), bare), (inner.casefold(), str.casefold), (folded(inner), folded)]
+    for wanted, form in readings:
+        fitting = [label for label in dict.fromkeys(labels) if form(label) == wanted]
+        if len(fitting) == 1:
+            return fitting[0]
+    raise ValueError("none of the labels, or several")
+
+
 def _read(f: Field, text: str) -> Any:
     """The value of an output field. Raises ValueError or KeyError where the text is no such value."""
     plain = unescape(text.strip(), {"&quot;": '"', "&apos;": "'"})
@@ -180,8 +231,7 @@ def _read(f: Field, text: str) -> Any:
             raise ValueError("not a list of strings")
         return value
     if isinstance(f.type, tuple):
-        quoted = plain not in f.type and len(plain) > 1 and plain[0] == plain[-1] and plain[0] in "'\""
-        return f.type[f.type.index(plain[1:-1] if quoted else plain)]
+        return _label(f.type, plain)
     if f.type is bool:
         return {"true": True, "false": False}[plain.lower()]
     value = f.type(plain)
@@ -205,7 +255,8 @@ def parse(signature: Signature, text: str) -> dict:
         try:
             values[f.name] = _read(f, found[f.name])
         except (KeyError, ValueError, RecursionError):
-            wrong.append(f"{f.name} is no {f.type_name}: {found[f.name].strip()[:60]!r}" if f.name in found else
+            kind = f"label of the {len(f.type)}" if isinstance(f.type, tuple) else f.type_name
+            wrong.append(f"{f.name} is no {kind}: {found[f.name].strip()[:60]!r}" if f.name in found else
                          f"{f.name} is missing")
     if wrong:
         raise FormatError("; ".join(wrong), tuple(values), names)
@@ -224,6 +275,13 @@ class Prediction(dict):
 current_run: contextvars.ContextVar = contextvars.ContextVar("the run whose `ask` answers module calls")
 
 
+def _run_at_hand() -> _Run:
+    if run := current_run.get(None):
+        return run
+    raise ProgramError("modules and tools are awaited in a run of a program; runs are made by "
+                       "run_programs(program, examples, metric, sampler)")
+
+
 class Module:
     """An LM call with its own prompt: a signature, an instruction and demos, the last two free to be optimised.
     Example: ask = Module("question -> answer", "Answer in one word."); answer = (await ask(question="…")).answer"""
@@ -235,7 +293,8 @@ class Module:
 
     async def __call__(self, **inputs) -> Prediction:
         """The output fields. Raises FormatError where they cannot be read."""
-        return await asyncio.shield(current_run.get().ask(self, inputs))        # given up by the program, it still is recorded
+        # shielded: given up by the program, the call still is recorded
+        return await asyncio.shield(_run_at_hand().ask(self, inputs))
 
     def messages(self, inputs: dict) -> list[dict]:
         if odd := {f.name for f in self.signature.inputs} ^ inputs.keys():
@@ -252,9 +311,17 @@ class ChainOfThought(Module):
 
 
 async def tool(fn: Callable, *args, retries: int = 0, timeout: float = 600.0) -> Any:
-    """Run fn in a thread while decoding goes on. Raises ToolError where it still fails, or takes more than `timeout` seconds,
-    after `retries` more tries. A run that uses tools more than 100 times its limit of LM calls ends as if it had reached that."""
-    current_run.get().use_tool()
+    """Run fn in a thread while decoding goes on, and put it down in the run's trace.
+
+    Raises ToolError where it still fails, or takes more than `timeout` seconds, after `retries` more
+    tries. That excludes the run, for it says nothing about the LM. A mistake of the LM's own, such as
+    a name that it invented, a tool tells in one of two ways: it returns a value that says so, and the
+    program goes on; or it raises LMError, which is not tried again and ends the run at the LM's cost.
+    A run that uses tools more than 100 times its limit of LM calls ends as if it had reached that.
+    """
+    run = _run_at_hand()
+    name = getattr(fn, "__name__", type(fn).__name__)
+    note = run.use_tool(name, args)
     for left in range(retries, -1, -1):
         done = Future()
         def work(done=done):
@@ -263,13 +330,32 @@ async def tool(fn: Callable, *args, retries: int = 0, timeout: float = 600.0) ->
                     done.set_result(fn(*args))
                 except Exception as e:
                     done.set_exception(e)
+                except BaseException as e:      # SystemExit ends the tool, not the training
+                    done.set_exception(RuntimeError(f"{type(e).__name__}: {e}"))
         threading.Thread(target=work, daemon=True).start()  # one that hangs does not keep the process from ending
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(done), timeout)
+            result = await asyncio.wait_for(asyncio.wrap_future(done), timeout)
         except Exception as e:
+            error = f"{type(e).__name__}: {str(e) or f'no answer in {timeout:g} s'}"
+            note(error=error)
+            if isinstance(e, LMError):
+                raise
             if not left:
-                name = getattr(fn, "__name__", fn)
-                raise ToolError(f"{name}: {type(e).__name__}: {str(e) or f'no answer in {timeout:g} s'}") from e
+                failed = ToolError(f"{name}: {error}")
+                failed.__cause__ = e
+                run.tell(failed)
+                raise failed
+        else:
+            note(result=_copied(result), error="")
+            return result
+
+
+def _copied(value: Any) -> Any:
+    """For the trace, so that what is done to it later changes nothing; as text where it has no copy."""
+    try:
+        return copy.deepcopy(value)
+    except Exception:
+        return repr(value)
 
 
 async def gather(*parts) -> list:
@@ -324,6 +410,16 @@ class Call:
     error: str = ""             # why the completion could not be read
 
 
+@dataclass(frozen=True)
+class ToolCall:
+    """One use of a tool. Example: ToolCall("search", ("who made X?",), ["X was made by Y."], after=1)"""
+    name: str                   # of the function
+    arguments: tuple = ()
+    result: Any = None
+    error: str = ""             # why there is no result, of the last try
+    after: int = 0              # LM calls that the run had asked for before
+
+
 STATUSES = ("completed", "format_error", "length", "max_calls", "tool_error")
 
 
@@ -338,6 +434,7 @@ class Trajectory:
     status: str                 # one of STATUSES
     error: str = ""
     measures: dict = field(default_factory=dict)        # what else the metric gave
+    tools: tuple[ToolCall, ...] = ()                    # in the order they were begun
 
     @property
     def votes(self) -> bool:
@@ -349,9 +446,14 @@ class Trajectory:
 class Task:
     """What is trained: a program, the metric of its runs, and examples as dicts that forward and metric read. `defaults`
     are values for fields of the trainer's Config, used where the command line says nothing. The metric may be a coroutine, so
-    that it can await tools; what it gives beside "reward" is averaged by evaluations. `demonstrate` says what an example shows of
-    the modules' calls, their inputs and outputs in one dict, a short reasoning included; without it, examples that have fields
-    named like a module's inputs and outputs are its demonstrations."""
+    that it can await tools; what it gives beside "reward" is averaged by evaluations.
+
+    A metric raises LMError where the LM is to blame. Where it gives NaN, or raises an OSError since its
+    judge did not answer, the run is excluded. One of BUGS, or a reward that is no number, stops it all.
+
+    `demonstrate` says what an example shows of the modules' calls, their inputs and outputs in one dict, a
+    short reasoning included; without it, examples that have fields named like a module's inputs and outputs
+    are its demonstrations."""
     program: Program
     metric: Callable[[dict, Any], Any]      # (example, prediction) -> the reward of a completed run, or a dict of numbers with it
     train: list[dict]
@@ -370,8 +472,9 @@ def run_programs(program: Program, examples: list[dict], metric: Callable[[dict,
 
     How a run ends, and its reward: `completed` (metric(example, prediction)); `format_error` (from
     format_failure_score to failure_score by the share of fields that could be read); `length` (format_failure_score);
-    `max_calls` (failure_score); `tool_error` (none: a tool failed, or the metric raised or gave NaN). `interrupt`, a
-    fault put in on purpose, gives that share of runs a random limit below max_calls. Raises ProgramError for a wrong program.
+    `max_calls` (failure_score); `tool_error` (none: a tool failed, or the metric's judge, or it gave NaN; the
+    logger "mmgrpo" is told as it happens). `interrupt`, a fault put in on purpose, gives that share of runs a
+    random limit below max_calls. Raises ProgramError for a bug of the program or the metric.
     Of the sampler two methods are used: submit(messages, key) -> ticket, and advance() -> [(ticket, Completion)]. The key, (seed,
     step, example, rollout, module, invocation), seeds a request's randomness: scheduling changes nothing, unless parallel
     branches share a module and call it after another await (invocations are numbered in the order they are asked for)."""
@@ -395,10 +498,12 @@ def run_programs(program: Program, examples: list[dict], metric: Callable[[dict,
         return [t.result() for t in tasks]
 
     try:
-        asyncio.get_running_loop()
+        notebook = bool(asyncio.get_running_loop())         # its event loop is running already
     except RuntimeError:
+        notebook = False
+    if not notebook:                                # out here, that error is in nobody's traceback
         return asyncio.run(drive())
-    with ThreadPoolExecutor(1) as thread:                   # a notebook's event loop is running already
+    with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, drive()).result()
 
 
@@ -415,12 +520,40 @@ class _Run:
     limit: int
     calls: list[Call] = field(default_factory=list)
     measures: dict = field(default_factory=dict)
-    tools: int = 0
+    tools: list[ToolCall] = field(default_factory=list)
+    told: list[ToolError] = field(default_factory=list)
 
-    def use_tool(self) -> None:
-        self.tools += 1
-        if self.tools > 100 * self.limit:                   # a loop that calls tools alone must end as well
+    def use_tool(self, name: str, arguments: tuple) -> Callable:
+        """Put the use of a tool down -> what puts down how it ended, note(result=…, error=…)."""
+        at = len(self.tools)
+        call = ToolCall(name, _copied(arguments), error="had not ended", after=len(self.calls))
+        self.tools.append(call)
+        if at == 100 * self.limit:                  # a loop that calls tools alone must end as well
             raise _OutOfCalls
+        def note(**how):
+            self.tools[at] = replace(call, **how)
+        return note
+
+    def tell(self, error: ToolError) -> None:
+        """Tell of a failure at once, and once: the program may catch it and raise it again."""
+        if error not in self.told:
+            self.told.append(error)
+            log.warning("%s: %s", self.where, error, extra={"failure": error})
+
+    @property
+    def where(self) -> str:
+        return f"example {self.key[2]}, rollout {self.key[3]}"
+
+    def arguments(self) -> dict:
+        """What forward is called with: copies of those entries of the example that it takes."""
+        forward = self.shared.program.forward
+        parameters = inspect.signature(forward).parameters
+        needed = [n for n, p in parameters.items() if p.default is p.empty]
+        if missing := [n for n in needed if n not in self.values]:
+            has = ", ".join(map(repr, self.values))
+            raise ProgramError(f"{forward.__qualname__} takes {missing[0]!r}, which example "
+                               f"{self.key[2]} lacks (it has {has})")
+        return {n: copy.deepcopy(self.values[n]) for n in parameters if n in self.values}
 
     async def ask(self, module: Module, inputs: dict) -> Prediction:
         """One LM call, put down in the trace whatever comes of it."""
@@ -448,35 +581,57 @@ class _Run:
         current_run.set(self)
         s, prediction = self.shared, None
         try:
-            parameters = inspect.signature(s.program.forward).parameters
-            prediction = await s.program.forward(**{n: copy.deepcopy(self.values[n]) for n, p in parameters.items()
-                                                    if n in self.values or p.default is p.empty})
+            prediction = await s.program.forward(**self.arguments())
             status, reward, error = "completed", await self.score(prediction), ""
         except _OutOfCalls:
             status, reward, error = "max_calls", s.high, f"more than {self.limit} LM calls, or {100 * self.limit} tool calls"
         except LengthError as e:
             status, reward, error = "length", s.low, str(e)
         except FormatError as e:
-            share = len(e.present) / max(len(e.expected), 1)
+            share = 1.0 if isinstance(e, LMError) else len(e.present) / max(len(e.expected), 1)
             status, reward, error = "format_error", s.low + (s.high - s.low) * share, str(e)
         except ToolError as e:
             status, reward, error = "tool_error", None, str(e)
+            self.tell(e)
+        except ProgramError:
+            raise
         except Exception as e:
             last = f"after {self.calls[-1].module}" if self.calls else "before any LM call"
-            raise ProgramError(f"{type(s.program).__name__}.forward failed on example {self.key[2]}, rollout "
-                               f"{self.key[3]}, {last}: {type(e).__name__}: {e}") from e
+            raise ProgramError(f"{type(s.program).__name__}.forward failed on {self.where}, {last}: "
+                               f"{type(e).__name__}: {e}") from e
         while not all(c.completion for c in self.calls):    # calls that the program started and left behind
             await asyncio.sleep(0)
-        return Trajectory(*self.key[2:], tuple(self.calls), prediction, reward, status, error, self.measures)
+        return Trajectory(*self.key[2:], tuple(self.calls), prediction, reward, status, error,
+                          self.measures, tuple(self.tools))
 
     async def score(self, prediction) -> float:
+        """The metric's reward. Raises ProgramError for a bug of it, ToolError for a judge that fails."""
         try:
             result = self.shared.metric(self.values, prediction)
             result = await result if inspect.isawaitable(result) else result
-            if isinstance(result, dict):
-                self.measures, result = {k: float(v) for k, v in result.items() if k != "reward"}, result["reward"]
-            if math.isfinite(reward := float(result)):
-                return reward
+        except (LMError, ToolError):
+            raise
+        except BUGS as e:
+            raise ProgramError(f"the metric failed on {self.where}: {type(e).__name__}: {e}") from e
         except Exception as e:
             raise ToolError(f"the metric raised {type(e).__name__}: {e}") from e
-        raise ToolError(f"the metric gave {reward}")
+        given = result if isinstance(result, dict) else {"reward": result}
+        numbers = {name: _number(value) for name, value in given.items()}
+        if None in numbers.values() or "reward" not in numbers:
+            raise ProgramError(f"the metric gave {repr(result)[:200]} on {self.where}: expected a "
+                               'number, or a dict of numbers, one of them called "reward"')
+        reward = numbers.pop("reward")
+        self.measures = numbers
+        if not math.isfinite(reward):
+            raise ToolError(f"the metric gave {reward}")
+        return reward
+
+
+def _number(value: Any) -> float | None:
+    """As a float, infinite where it is larger than any; None where it is no number, as a text is not."""
+    try:
+        return None if isinstance(value, (str, bytes)) else float(value)
+    except OverflowError:
+        return math.inf
+    except Exception:
+        return None

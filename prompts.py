@@ -13,6 +13,7 @@ import json
 import math
 import random
 import re
+import sys
 import time
 from bisect import bisect_right
 from collections import Counter
@@ -28,7 +29,7 @@ from mmgrpo import Config, Sampler, check_sampling, evaluate, play, train
 from model import save_pretrained
 from program import InputError, Module, Prediction, Program, Task, Trajectory, run_programs
 from prompt_files import difference, kept_options, prompts_of, save_dspy, save_prompts, set_prompts, write_json
-from report import cost, read_lines
+from report import cost, read_lines, trial_line
 from start import begin, demonstrations, is_json, most_rollouts, without_shown
 from tokenizer import read_json
 
@@ -246,8 +247,11 @@ def search(task: Task, model, tokenizer, config: Config, out: Path, stop: Callab
             result = evaluate(model, tokenizer, task, examples, config, config.temperature, -1 if full else -4 - len(trials))
             trials.append({"trial": len(trials), "choice": choice, "full": full, "examples": len(examples), **result})
             print(json.dumps(trials[-1]), file=log, flush=True)
+            best = max(t["score"] for t in trials if t["full"])
             bar.update()
-            bar.set_postfix(best=f"{max(t['score'] for t in trials if t['full']):.3f}", refresh=False)
+            bar.set_postfix(best=f"{best:.3f}", refresh=False)
+            if bar.disable:                                 # no terminal
+                print(trial_line(trials[-1], best), file=sys.stderr, flush=True)
     bar.close()
     whole = [t for t in trials if t["full"]]
     put(max(whole, key=lambda t: t["score"])["choice"] if whole else ())

@@ -1,4 +1,5 @@
-"""What is told of runs: a readable trace, the figures of a step, the parity gate, the curve of a run, several runs side by side.
+"""What is told of runs: a readable trace, the figures of a step, what is wrong with a run and which
+option would help, the parity gate, the curve of a run, several runs side by side.
 
     python report.py runs/hover runs/hover-2 runs/hover-3      # dev scores before and after, means with intervals
 
@@ -7,19 +8,25 @@ Nothing in here changes what is trained.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+import logging
 import math
 import os
+import re
 import sys
 import textwrap
+import traceback
 from collections import Counter, defaultdict
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from program import STATUSES, InputError, Trajectory
+from program import STATUSES, Call, InputError, Program, Trajectory, log
 
 
 def statuses(trajectories: list[Trajectory]) -> dict[str, int]:
@@ -28,21 +35,59 @@ def statuses(trajectories: list[Trajectory]) -> dict[str, int]:
     return {s: counts[s] for s in STATUSES}
 
 
-def show(trajectory: Trajectory, width: int = 100) -> str:
-    """A readable trace of one run: each call's inputs, outputs and lengths, then how the run ended."""
+def counted(counts: dict[str, int]) -> str:
+    """Example: counted({"completed": 30, "length": 2, "max_calls": 0}) is "30 completed, 2 length"."""
+    return ", ".join(f"{n:,} {name}" for name, n in counts.items() if n)
+
+
+def shorten(value, longest: int = 0) -> str:
+    """A value in one line: text as it is, else as JSON; cut to `longest` characters (0: whole)."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    text = " ".join(text.split())
+    return text[:longest] + "…" if 0 < longest < len(text) else text
+
+
+def expected_of(program: Program, example: dict) -> dict:
+    """What an example holds beside the inputs of `forward`: what the metric compares a run with."""
+    inputs = inspect.signature(program.forward).parameters
+    return {name: value for name, value in example.items() if name not in inputs}
+
+
+def show(trajectory: Trajectory, width: int = 100, expected: dict | None = None,
+         decode: Callable[[list[int]], str] | None = None, longest: int = 0) -> str:
+    """A readable trace of one run: LM calls and tools in the order they were asked for, then its end.
+
+    Of each its inputs (<) and outputs (>); then the prediction (=) and what was `expected`. Prompts are
+    shown where `decode` turns their ids into text. Values are cut to `longest` characters (0: none are).
+    """
     lines = []
+    def entry(mark: str, text: str):
+        first, further = f"    {mark} ", " " * 8
+        lines.extend(textwrap.wrap(text, width, initial_indent=first, subsequent_indent=further))
     def entries(mark: str, values: dict):
         for name, value in values.items():
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-            lines.extend(textwrap.wrap(f"{name}: {' '.join(text.split())}", width, initial_indent=f"    {mark} ",
-                                       subsequent_indent=" " * 8))
+            entry(mark, f"{name}: {shorten(value, longest)}")
+    def tools(after: int):
+        for t in trajectory.tools:
+            if t.after == after:
+                lines.append(f"   tool {t.name}")
+                entry("<", ", ".join(shorten(x, longest) for x in t.arguments))
+                entry(">", f"failed: {t.error}" if t.error else shorten(t.result, longest))
     for i, call in enumerate(trajectory.calls, 1):
+        tools(after=i - 1)
         c = call.completion
         lines.append(f"{i}. {call.module} [{call.invocation}]   {len(c.prompt_ids)} prompt + {len(c.token_ids)} sampled "
                      f"tokens, {c.finish_reason}")
+        if decode:
+            lines.extend(f"    | {line}" for line in decode(c.prompt_ids).splitlines())
         entries("<", call.inputs)
-        entries(">", call.outputs if call.outputs is not None else {"not readable": f"{call.error}; sampled: {c.text!r}"})
+        if call.outputs is not None:
+            entries(">", call.outputs)
+        else:
+            entry(">", f"not readable: {call.error}; sampled: {shorten(c.text, longest)!r}")
+    tools(after=len(trajectory.calls))
     entries("=", trajectory.prediction if isinstance(trajectory.prediction, dict) else {})
+    entries("expected", expected or {})
     reward = "no reward" if trajectory.reward is None else f"reward {trajectory.reward:.3f}"
     return "\n".join([*lines, f"{trajectory.status}, {reward}" + f" ({trajectory.error})" * bool(trajectory.error)])
 
@@ -51,10 +96,13 @@ def measure(trajectories: list, groups: list, advantages: list[list[float]]) -> 
     """A step's rollouts and groups in figures, for metrics.jsonl.
 
     Calls: made = trained + zero_advantage + excluded, the last being those of runs that do not vote and those that
-    `short_groups` or `group_size` left out. `surprise` is the mean negative log-prob of the sampled tokens, an estimate
-    of the entropy. Of each module: calls and tokens, the share of voting runs that reached its k-th call (`survival`),
-    the share of its groups whose advantages are all 0 (`zero_variance`), and the mean size of its advantages. `digest`
-    tells the sampled tokens of two steps apart.
+    `short_groups` or `group_size` left out.
+    Entropy: `surprise` is the mean −log p of the sampled tokens, an unbiased estimate of the entropy that the
+    LM had where it sampled, in nats a token; each module's `entropy` is that of its own tokens (None: it has none).
+    Of each module also: calls and tokens, the share of voting runs that reached its k-th call (`survival`), the share
+    of its groups whose advantages are all 0 (`zero_variance`), and the mean size of its advantages.
+    `reward_completed` is the mean of completed runs (None: there are none). `errors` counts the excluded runs by
+    kind of failure. `digest` tells the sampled tokens of two steps apart.
     """
     grouped, of_module = defaultdict(float), defaultdict(list)
     for g, values in zip(groups, advantages):
@@ -70,16 +118,198 @@ def measure(trajectories: list, groups: list, advantages: list[list[float]]) -> 
         own, values = [c for c in calls if c.module == name], of_module[name]
         reached = [sum(c.module == name for c in t.calls) for t in voting]
         sizes = [abs(a) for group in values for a in group]
-        modules[name] = {"calls": len(own), "tokens": sum(len(c.completion.token_ids) for c in own),
+        surprises = [-x for c in own for x in c.completion.logprobs]
+        modules[name] = {"calls": len(own), "tokens": len(surprises),
+                         "entropy": np.mean(surprises) if surprises else None,
                          "survival": [np.mean([n > k for n in reached]) for k in range(max(reached, default=0))],
                          "zero_variance": np.mean([not any(group) for group in values]) if values else None,
                          "advantage_scale": np.mean(sizes) if sizes else None}
     logprobs = [x for c in calls for x in c.completion.logprobs]
     digest = hashlib.blake2b(repr([c.completion.token_ids for c in calls]).encode(), digest_size=16).hexdigest()
+    completed = [t.reward for t in voting if t.status == "completed"]
     return {"reward": np.mean([t.reward for t in voting]), "reward_std": np.std([t.reward for t in voting]),
+            "reward_completed": np.mean(completed) if completed else None,
+            "errors": Counter(kind_of(t.error) for t in trajectories if not t.votes),
             "digest": digest, "statuses": statuses(trajectories), "surprise": -np.mean(logprobs) if logprobs else 0.0,
             "calls": {"made": len(calls), "trained": trained, "zero_advantage": len(grouped) - trained,
                       "excluded": len(calls) - len(grouped)}, "modules": modules}
+
+
+# ---------------------------------------------------------------------------- what is wrong with a run
+class StoppedError(RuntimeError):
+    """A training that would not get anywhere as it is. Its state is saved, and it can go on."""
+
+
+def kind_of(failure: str) -> str:
+    """What is the same in failures that differ in numbers and quoted texts alone.
+    Example: kind_of("search: KeyError: 'Rome'") is "search: KeyError: …"."""
+    return re.sub(r"'[^']*'|\"[^\"]*\"|\d+(\.\d+)?", "…", shorten(failure, 1000))[:200]
+
+
+class FirstFailures(logging.Handler):
+    """`with FirstFailures(OUT / "errors.log"):` prints the first failure of each kind, of a tool or of
+    the metric, as it happens, and keeps it in that file with its traceback. It ends with twenty kinds."""
+    def __init__(self, path: Path | None = None):
+        super().__init__()
+        self.path, self.kinds = path, set()
+
+    def __enter__(self) -> FirstFailures:
+        log.addHandler(self)
+        return self
+
+    def __exit__(self, *_) -> None:
+        log.removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        failure = getattr(record, "failure", None)
+        kind = kind_of(str(failure))
+        if failure is None or kind in self.kinds or len(self.kinds) == 20:
+            return
+        self.kinds.add(kind)
+        told = f"{record.getMessage()} (the first of its kind"
+        if self.path:
+            with self.path.open("a", encoding="utf-8", errors="replace") as file:
+                print(record.getMessage(), file=file)
+                traceback.print_exception(failure.__cause__ or failure, file=file)
+                print(file=file)
+            told += f"; its traceback is in {self.path}"
+        tqdm.write(f"{told})", file=sys.stderr)
+
+
+def too_many_excluded(trajectories: list[Trajectory]) -> str:
+    """Why a step cannot be trained on, where more than half of its runs are excluded; else ""."""
+    excluded = [t for t in trajectories if not t.votes]
+    if 2 * len(excluded) <= len(trajectories):
+        return ""
+    return (f"{len(excluded)} of {len(trajectories)} runs were excluded, for a tool or the metric failed; "
+            f"what is left is no fair sample to train on; the first: {excluded[0].error}")
+
+
+def nothing_to_learn(trajectories: list[Trajectory], config) -> str:
+    """Why a step whose advantages are all 0 taught nothing, and which option would help: a sentence."""
+    runs = [t for t in trajectories if t.votes]
+    rewards = {t.reward for t in runs}
+    earned = f", reward {rewards.pop():.3f}" if len(rewards) == 1 else ""
+    told = ("no run earned more or less than the others of its example "
+            f"({counted(statuses(runs))}{earned})")
+    if config.rollouts == 1:
+        return f"{told}, for it has no others; --rollouts gives it some"
+    most = Counter(t.status for t in runs).most_common(1)[0][0]
+    failed = next((t.calls[-1] for t in runs if t.status == most and t.calls and t.calls[-1].error), None)
+    if failed:
+        text, why = shorten(failed.completion.text, 150), shorten(failed.error, 150)
+        told += f"; {failed.module} answered {text!r} ({why})"
+    return f"{told}: {_advice(most, failed, config)}"
+
+
+def _advice(most: str, failed: Call | None, config) -> str:
+    """What would help a step most of whose runs ended in this way, `failed` being an unreadable call."""
+    show_format = "--labelled-demos and --warm-start show the LM its format"
+    if most == "max_calls":
+        return f"more --max-calls (now {config.max_calls}) let the program end"
+    if most == "length" and failed and not failed.completion.token_ids:
+        return "the prompts leave no room in the LM's context; shorter inputs or fewer demonstrations do"
+    if most == "length":
+        return f"more --max-tokens (now {config.max_tokens}) let answers end; {show_format}"
+    if most == "format_error" and config.format_failure_score == config.failure_score:
+        return (f"{show_format}; a --format-failure-score below --failure-score tells answers that "
+                "are nearly readable from others")
+    if most == "format_error":
+        return show_format
+    return ("where nothing better can be earned, these examples are learned; else a higher --temperature, "
+            "more --rollouts or more --examples find runs that differ")
+
+
+def collapsed(history: list[dict]) -> str:
+    """A sentence, once in a run, where its entropy is gone and brought nothing; else "".
+
+    Gone: the last three steps' `surprise` is at most a tenth of the first three's. Brought nothing: the
+    mean reward of completed runs has not risen by two standard errors, as the steps scatter, between
+    the first and the last half of the steps that have one (at most ten of each).
+    """
+    if len(history) < 6 or any("collapse" in m for m in history):
+        return ""
+    surprise = [m["surprise"] for m in history]
+    before, now = np.mean(surprise[:3]), np.mean(surprise[-3:])
+    if not 0 < before >= 10 * now:
+        return ""
+    rewards = [m["reward_completed"] for m in history if m.get("reward_completed") is not None]
+    k = min(len(rewards) // 2, 10)
+    if k >= 3:
+        first, last = rewards[:k], rewards[-k:]
+        error = math.sqrt((np.var(first, ddof=1) + np.var(last, ddof=1)) / k)
+        if np.mean(last) - np.mean(first) > 2 * error:
+            return ""
+        told = ("the reward of completed runs stands still "
+                f"({np.mean(first):.3f}, then {np.mean(last):.3f})")
+    elif any(m.get("reward_completed") is not None for m in history[-3:]):
+        return ""                                       # too few to judge by
+    else:
+        told = "no run completes"
+    return (f"the entropy of what is sampled fell from {before:.3f} to {now:.3f} nats a token, and {told}: "
+            "the runs of an example become the same, and soon there is nothing to learn from; --beta, "
+            "a smaller --lr, a larger --clip-high, --entropy-target or more --examples keep them apart")
+
+
+def all_completed(metrics: dict) -> bool:
+    """Whether every run of a step that votes completed."""
+    counts = metrics["statuses"]
+    return counts["completed"] == sum(counts.values()) - counts["tool_error"]
+
+
+def idle_steps(history: list[dict]) -> int:
+    """How many steps in a row, up to the last, taught nothing: a run to be stopped if there are many.
+
+    No such step is one whose runs all completed, in a run that did learn and has not collapsed: its
+    examples are learned, or too hard today, and others follow.
+    """
+    n, taught, collapse = 0, False, False
+    for m in history:
+        taught = taught or m["calls"]["trained"] > 0
+        collapse = collapse or "collapse" in m
+        healthy = taught and not collapse and all_completed(m)
+        n = 0 if m["calls"]["trained"] or healthy else n + 1
+    return n
+
+
+def remarks(history: list[dict]) -> list[str]:
+    """What is to be said after the last step: the first in a row that taught nothing (where runs just
+    were alike, the first in the run), and that the run collapsed."""
+    *before, last = history
+    said = []
+    if "idle" in last:
+        known = any("idle" in m and all_completed(m) for m in before)
+        if idle_steps(history) == 1 or idle_steps(history) == 0 and not known:
+            said.append(f"step {last['step']}: nothing to learn: {last['idle']}")
+    if "collapse" in last:
+        said.append(f"step {last['step']}: {last['collapse']}")
+    return said
+
+
+def step_line(metrics: dict) -> str:
+    """A step in a line, for where there is no terminal to draw a bar on."""
+    seconds = metrics["seconds"]
+    parts = [f"step {metrics['step']:4d}", f"reward {metrics['reward']:.3f}", counted(metrics["statuses"]),
+             f"entropy {metrics['surprise']:.3f}",
+             f"sampling {seconds['sampling'] + seconds['tools']:.1f} s, update {seconds['update']:.1f} s",
+             f"{metrics['tokens_forwarded']:,} tokens forwarded of {metrics['tokens_unshared']:,}"]
+    if "skipped" in metrics:
+        parts.append("skipped, for the gradient is not finite")
+    return "  ".join(parts)
+
+
+def trial_line(trial: dict, best: float) -> str:
+    """A trial of a prompt search in a line."""
+    examples = f"{trial['examples']} examples" + ", all of dev" * trial["full"]
+    return "  ".join((f"trial {trial['trial']:3d}", f"score {trial['score']:.3f} ({examples})",
+                      f"best {best:.3f}", counted(trial["statuses"]), f"{trial['seconds']:.1f} s"))
+
+
+def lenient_output() -> None:
+    """What the terminal's encoding lacks is printed as ?, for no run shall end for want of a character.
+    A file gets the output line by line, in order with what goes to stderr."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
 
 
 class ParityError(RuntimeError):
@@ -246,6 +476,7 @@ def main(runs: list[Path]) -> str:
 
 
 if __name__ == "__main__":
+    lenient_output()
     if not sys.argv[1:] or sys.argv[1].startswith("-"):
         sys.exit("usage: report.py RUN [RUN …], of one task")
     try:

@@ -31,7 +31,7 @@ from mmgrpo import play
 from program import InputError
 from prompt_files import write_json, write_whole
 from prompts import affordable, rollouts
-from report import half_width, interval, read_lines
+from report import half_width, interval, lenient_output, read_lines
 from tokenizer import CheckpointError, read_json
 
 ROOT = Path(__file__).parent
@@ -77,7 +77,7 @@ class Study:
         return self.out / f"{task}-{seed}" / arm
 
     def job(self, leaves: Path, verb: str, task: str, seed: int, **more) -> Job:
-        options = {"task": task, "seed": seed} | self.given[task] | more
+        options = {"task": task, "seed": seed, "patience": 0} | self.given[task] | more
         return Job(leaves, [verb, *(x for k, v in options.items() for x in (f"--{k.replace('_', '-')}", str(v)))])
 
     def equal_steps(self, task: str) -> int:
@@ -367,6 +367,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    lenient_output()
     try:
         main()
     except (InputError, CheckpointError, OSError) as e:

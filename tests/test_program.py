@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import ScriptedSampler
 
-from program import (ChainOfThought, Completion, Field, FormatError, InputError, LengthError, Module, Prediction, Program,
+from program import (ChainOfThought, Completion, Field, FormatError, InputError, LengthError, LMError, Module, Prediction, Program,
                      ProgramError, Signature, ToolError, gather, parse, render, render_outputs, run_programs,
                      tool)
 from prompt_files import load_prompts, save_prompts
-from report import show, statuses
+from report import FirstFailures, kind_of, show, statuses
 
 # ---------------------------------------------------------------------------------------------- signatures, prompts
 
@@ -111,6 +111,51 @@ def test_values_of_the_wrong_type_are_format_errors(kind, text):
     with pytest.raises(FormatError) as e:
         parse(Signature(f"x -> y: {kind}"), text)
     assert e.value.present == ()
+
+
+# ------------------------------------------------------------------------------------------------------------ labels
+
+LABELS = ("card_lost", "Refund_not_showing_up", "lost?", "it's", 'a "b"', "Lost", "lost", "C#", "C", "-1", "A*")
+
+
+def label(text, labels=LABELS):
+    return parse(Signature("x -> y", types={"y": labels}), f"<y>\n{text}\n</y>")["y"]
+
+
+@pytest.mark.parametrize("text, meant", [
+    ("refund_not_showing_up", "Refund_not_showing_up"), ("CARD_LOST", "card_lost"), ('"card_lost"', "card_lost"), ("card_lost.", "card_lost"),
+    ("**Card_lost**.", "card_lost"), ("“card_lost”", "card_lost"), ("`card_lost`,", "card_lost"), ("[card_lost]", "card_lost"),
+    ("{card_lost}", "card_lost"), ("Literal['card_lost']", "card_lost"), ("str[card_lost]", "card_lost"), ("&quot;card_lost&quot;", "card_lost"),
+    ("Lost", "Lost"), ("lost", "lost"), ("Lost.", "Lost"), ("LOST?", "lost?"), ("it's", "it's"), ("IT'S", "it's"), ('a "b"', 'a "b"'),
+    ('"a "b""', 'a "b"'), ("c#", "C#"), ("c", "C"), ("C", "C"), ("-1", "-1"), ("a*", "A*")])
+def test_a_label_is_read_whatever_its_case_and_the_marks_around_it(text, meant):
+    assert label(text) == meant
+
+
+@pytest.mark.parametrize("text", ["card lost", "card", "card_lost card_lost", "card_lost, lost", "my card_lost", "crad_lost", "1", "", "'", "?", "LOST",
+                                  "intent: card_lost", "card-lost", "#", "Cc"])
+def test_a_label_is_not_guessed(text):
+    with pytest.raises(FormatError, match="y is no label of the 11: "):
+        label(text)
+
+
+marks = st.text(st.sampled_from(list(" \n\"'`“”[](){}*")), max_size=4)
+
+
+@given(st.lists(st.text(st.sampled_from(list("abAB?.-\"' _")), min_size=1, max_size=3), min_size=1, max_size=6, unique=True), marks, marks,
+       st.text(st.sampled_from(list(".,;:!?")), max_size=2), st.sampled_from([str, str.upper, str.title]), st.data())
+def test_what_is_read_is_the_label_but_for_case_and_marks_and_never_one_of_two(labels, before, after, stop, case, data):
+    meant = data.draw(st.sampled_from([x.strip() for x in labels]))
+    labels = tuple(dict.fromkeys(x.strip() for x in labels))
+    letters = lambda x: "".join(c for c in x.casefold() if c.isalnum() or c in "-_")
+    try:
+        read = label(before + case(meant) + stop + after, labels)
+    except FormatError:
+        alike = [x for x in labels if letters(x) == letters(meant)]
+        assert len(alike) > 1 or not letters(meant)
+    else:
+        assert letters(read) == letters(meant)
+    assert not meant or label(meant, labels) == meant
 
 
 # --------------------------------------------------------------------------------------------------------- programs
@@ -216,10 +261,37 @@ def test_a_program_that_catches_its_own_errors_completes_and_every_call_is_recor
     assert t.calls[0].completion.text == "garbage" and t.calls[0].inputs == {"x": "hello"} and t.calls[0].outputs is None
 
 
-@pytest.mark.parametrize("metric", [lambda e, p: math.nan, lambda e, p: math.inf, lambda e, p: 1 / 0, lambda e, p: "high", lambda e, p: None])
-def test_a_reward_that_is_no_number_excludes_the_run_and_says_why(metric):
+@pytest.mark.parametrize("metric", [lambda e, p: math.nan, lambda e, p: math.inf, lambda e, p: 1 / 0, lambda e, p: 10**400])
+def test_a_reward_that_is_not_finite_excludes_the_run_and_says_why(metric):
     t, = run(Two(), metric=metric)
     assert t.status == "tool_error" and t.reward is None and not t.votes and "metric" in t.error and len(t.calls) == 2
+
+
+def raises(error):
+    def fails(*_):
+        raise error
+    return fails
+
+
+@pytest.mark.parametrize("error", [KeyError("label"), IndexError("list index"), TypeError("no len"), AttributeError("no intent"), NameError("reward"),
+                                   AssertionError("must be"), ImportError("no such module")])
+def test_a_bug_in_the_metric_stops_the_run_with_its_traceback(error):
+    with pytest.raises(ProgramError, match="the metric failed on example 0, rollout 0: " + type(error).__name__) as e:
+        run(Two(), metric=raises(error))
+    assert e.value.__cause__ is error and error.__traceback__ is not None
+
+
+@pytest.mark.parametrize("given", [None, "high", "0.5", b"1", [], {}, {"quality": 1.0}, {"reward": None}, {"reward": 1.0, "quality": "good"}, object()])
+def test_a_reward_that_is_no_number_is_a_bug_of_the_metric(given):
+    with pytest.raises(ProgramError, match="the metric gave .* on example 0, rollout 0: expected a number"):
+        run(Two(), metric=lambda e, p: given)
+
+
+@pytest.mark.parametrize("error", [OSError("no route"), TimeoutError(), ToolError("judge: no route"), ValueError("no JSON"), ZeroDivisionError(),
+                                   FormatError("the judge said nothing"), RuntimeError("status 500")])
+def test_a_judge_that_fails_excludes_the_run(error):
+    t, = run(Two(), metric=raises(error))
+    assert t.status == "tool_error" and not t.votes and str(error) in t.error
 
 
 class WithTool(Two):
@@ -242,6 +314,105 @@ def test_a_tool_is_tried_again_and_then_excludes_the_run(retries, status):
     t, = run(WithTool(flaky, retries=retries))
     assert t.status == status and len(tries) == retries + 1
     assert t.prediction == {"y": "ok!"} if status == "completed" else "no route" in t.error
+
+
+@pytest.mark.parametrize("where", ["tool", "metric", "program"])
+def test_a_mistake_of_the_lm_that_a_tool_finds_votes_with_the_failure_score(where, caplog):
+    tries = []
+    def refuse(*_):
+        tries.append(1)
+        raise LMError("no city is called Atlantis")
+    class Refusing(Two):
+        async def forward(self, x):
+            y = (await self.first(x=x)).y
+            return refuse() if where == "program" else Prediction(y=y)
+    program = WithTool(refuse, retries=3) if where == "tool" else Refusing()
+    t, = run(program, metric=refuse if where == "metric" else lambda e, p: 1.0, failure_score=0.25)
+    assert (t.status, t.reward, t.votes, len(tries)) == ("format_error", 0.25, True, 1)
+    assert "Atlantis" in t.error and not caplog.records
+
+
+def test_a_tool_that_ends_its_thread_excludes_the_run():
+    t, = run(WithTool(raises(SystemExit(3)), timeout=5))
+    assert t.status == "tool_error" and "SystemExit: 3" in t.error
+
+
+# --------------------------------------------------------------------------------------------- what is told of tools
+
+def test_tools_are_in_the_trace_with_what_they_were_given_and_what_came_of_it():
+    class Hop(Two):
+        async def forward(self, x):
+            found = await tool(lookup, x, [1])
+            y = (await self.first(x=x)).y
+            try:
+                await tool(raises(KeyError("Atlantis")), y)
+            except ToolError:
+                found.append("changed later")
+            await self.second(x=y)
+            return Prediction(found=found, again=await tool(str.upper, y))
+    def lookup(name, where):
+        return [name]
+    t, = run(Hop())
+    assert [(c.name, c.arguments, c.result, c.error, c.after) for c in t.tools] == [
+        ("lookup", ("hello", [1]), ["hello"], "", 0), ("fails", ("ok",), None, "KeyError: 'Atlantis'", 1), ("upper", ("ok",), "OK", "", 2)]
+    text = show(t, expected={"answer": "Rome"})
+    lines = [line.strip() for line in text.splitlines()]
+    assert [line for line in lines if line.startswith(("tool", "1.", "2.", "3."))] == [
+        "tool lookup", "1. first [0]   3 prompt + 2 sampled tokens, stop", "tool fails", "2. second [0]   3 prompt + 2 sampled tokens, stop", "tool upper"]
+    assert {"< hello, [1]", "> failed: KeyError: 'Atlantis'", "> OK", "expected answer: Rome"} <= {*lines}
+
+
+def test_a_tool_that_the_program_gives_up_on_is_in_the_trace():
+    never = threading.Event()
+    class Hasty(Two):
+        async def forward(self, x):
+            await self.first(x=x)
+            try:
+                await asyncio.wait_for(tool(never.wait), 0.05)
+            except asyncio.TimeoutError:
+                return Prediction()
+    t, = run(Hasty())
+    never.set()
+    assert t.status == "completed" and [(c.name, c.error) for c in t.tools] == [("wait", "had not ended")]
+
+
+def test_what_cannot_be_copied_into_the_trace_is_put_down_as_text():
+    lock = threading.Lock()
+    t, = run(WithTool(lambda y: lock))
+    assert t.status == "completed" and t.prediction["y"] is lock and "lock" in t.tools[0].result
+
+
+def test_a_failure_is_told_once_however_often_it_is_raised(caplog):
+    class Careful(WithTool):
+        async def forward(self, x):
+            try:
+                await super().forward(x)
+            except ToolError as e:
+                raise e
+    run(Careful(raises(OSError("no route")), retries=2))
+    assert [r.getMessage() for r in caplog.records] == ["example 0, rollout 0: fails: OSError: no route"]
+    caplog.clear()
+    run(Two(), metric=lambda e, p: math.nan)
+    assert [r.getMessage() for r in caplog.records] == ["example 0, rollout 0: the metric gave nan"]
+
+
+def test_the_first_failure_of_each_kind_is_printed_and_kept_with_its_traceback(tmp_path, capsys):
+    def lookup(y):
+        raise [KeyError(y), OSError(f"no route, try {y}")][y == "odd"]
+    reply = lambda messages, key: f"<y>{'odd' if key[3] % 2 else f'city {key[3]}'}</y>"
+    with FirstFailures(tmp_path / "errors.log"):
+        run(WithTool(lookup), reply, rollouts=6)
+    run(WithTool(lookup), reply, rollouts=2)                # nobody listens any more
+    told, kept = capsys.readouterr().err, (tmp_path / "errors.log").read_text()
+    assert told.count("KeyError: 'city 0'") == told.count("OSError: no route, try odd") == 1 and len(told.splitlines()) == 2
+    assert kept.count("Traceback") == 2 and kept.count("in lookup") == 2 and "errors.log" in told
+
+
+@pytest.mark.parametrize("a, b, alike", [
+    ("search: KeyError: 'Rome'", "search: KeyError: 'Paris'", True), ("f: OSError: 3 of 4.5", "f: OSError: 12 of 1", True),
+    ("search: KeyError: 'Rome'", "search: OSError: 'Rome'", False), ("search: KeyError: 'Rome'", "find: KeyError: 'Rome'", False)])
+def test_failures_are_of_a_kind_that_differ_in_numbers_and_quotes_alone(a, b, alike):
+    assert (kind_of(a) == kind_of(b)) == alike
 
 
 @pytest.mark.parametrize("answers, status", [([429, 500, 200], "completed"), ([500, 429, 503], "tool_error"), (["garbage"] * 3, "tool_error")])
@@ -357,9 +528,21 @@ def test_a_bug_in_the_program_stops_the_run_with_example_module_and_traceback(bu
     assert says in str(e.value) and e.value.__cause__.__traceback__ is not None
 
 
-def test_an_example_without_an_input_of_forward_is_a_bug():
-    with pytest.raises(ProgramError, match="'x'"):
+def test_an_example_without_an_input_of_forward_is_a_bug_told_in_a_sentence():
+    with pytest.raises(ProgramError, match=r"Two.forward takes 'x', which example 0 lacks \(it has 'z'\)"):
         run(Two(), examples=[{"z": 1}])
+
+
+def test_a_module_awaited_outside_of_a_run_says_what_makes_runs():
+    for alone in (Two().first(x="a"), tool(str.upper, "a")):
+        with pytest.raises(ProgramError, match="run_programs"):
+            asyncio.run(alone)
+
+
+@pytest.mark.parametrize("fields", ["text intent", "text, intent", "a -> b -> c", "a b -> c", "text -> intent kind"])
+def test_a_signature_that_cannot_be_read_says_what_one_looks_like(fields):
+    with pytest.raises(InputError, match=f"signature '{fields}': expected .* on both sides of one ->, as in '.* -> intent'"):
+        Signature(fields)
 
 
 def test_a_program_without_modules_is_refused():

@@ -1,8 +1,10 @@
 """The training loop and the command line, end to end with small models."""
 import dataclasses
+import io
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 import textwrap
@@ -20,7 +22,7 @@ import mmgrpo as G
 import model as M
 from lora import add_lora
 from program import InputError, Module, Prediction, Program, ProgramError, Task, tool
-from report import ParityError
+from report import ParityError, StoppedError
 
 
 class Pair(Program):
@@ -56,8 +58,9 @@ def test_a_step_moves_the_weights_and_reports_itself(model, tokenizer):
     m = one_step(model, tokenizer)
     assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
     assert set(m) == {"step", "reward", "reward_std", "statuses", "surprise", "calls", "modules", "loss", "kl", "clipped", "halved",
-                      "tokens_forwarded", "tokens_unshared", "grad_norm", "lr", "seconds", "parity", "digest"}
-    assert set(m["modules"]["second"]) == {"calls", "tokens", "survival", "zero_variance", "advantage_scale", "grad_share"}
+                      "tokens_forwarded", "tokens_unshared", "grad_norm", "lr", "seconds", "parity", "digest", "reward_completed",
+                      "errors"}
+    assert set(m["modules"]["second"]) == {"calls", "tokens", "entropy", "survival", "zero_variance", "advantage_scale", "grad_share"}
     assert m["statuses"]["completed"] == 12 and m["calls"]["made"] == 36 and m["modules"]["second"]["survival"] == [1, 1]
     assert set(m["seconds"]) == {"sampling", "tools", "update"} and json.dumps(m)
 
@@ -102,11 +105,12 @@ def test_runs_whose_tool_failed_are_excluded_and_counted(model, tokenizer):
     program.turn = [0, 0, 1, 0]
     m = one_step(model, tokenizer, task=dataclasses.replace(TASK, program=program))
     assert m["statuses"]["tool_error"] == 3 and m["calls"]["excluded"] == 9
+    assert m["errors"] == {"<lambda>: ZeroDivisionError: division by zero": 3}
 
 
 @pytest.mark.parametrize("metric, says", [(lambda e, p: math.nan, "the metric gave nan"), (lambda e, p: 1 / 0, "ZeroDivisionError")])
 def test_a_step_without_any_reward_stops_and_says_why(model, tokenizer, metric, says):
-    with pytest.raises(ProgramError, match=f"step 1: there is nothing to train.*12 tool_error.*{says}"):
+    with pytest.raises(StoppedError, match=f"step 1: 12 of 12 runs were excluded.*{says}"):
         one_step(model, tokenizer, task=dataclasses.replace(TASK, metric=metric))
 
 
@@ -194,6 +198,21 @@ def test_every_example_is_seen_once_an_epoch_and_no_more(count, size, seed, step
         assert len(set(part)) == len(part) and set(part) <= set(range(count))
 
 
+def test_the_entropy_of_a_step_is_an_estimate_of_the_exact_one(model, tokenizer):
+    class Word(Program):
+        def __init__(self):
+            self.say = Module("x -> y")
+        async def forward(self, x):
+            return await self.say(x=x)
+    task = dataclasses.replace(TASK, program=(program := Word()), train=[{"x": "one"}])
+    m = one_step(model, tokenizer, dataclasses.replace(CONFIG, examples=1, rollouts=400, max_tokens=1, temperature=0.7), task)
+    with torch.no_grad():
+        hidden = model(torch.tensor([tokenizer.encode_chat(program.say.messages({"x": "one"}))]))[0, -1:]
+        p = (model.logits(hidden)[0, :tokenizer.size] / 0.7).softmax(-1)
+    exact, spread = -(p * p.log()).sum().item(), ((p * p.log().square()).sum() - (p * p.log()).sum().square()).sqrt().item()
+    assert exact > 0.5 and abs(m["modules"]["say"]["entropy"] - exact) < 4 * spread / 20
+
+
 def test_the_order_changes_with_the_seed_and_the_epoch():
     epochs = [tuple(G.batch_of(e, 9, 9, seed)) for seed in (0, 1) for e in (0, 1)]
     assert len(set(epochs)) == 4 and G.batch_of(1, 9, 9, 0) == list(epochs[1])
@@ -223,7 +242,7 @@ def run(tmp_path, tokenizer, capsys):
         code = cli.main([command, "--task", str(tmp_path / "echo.py"), "--model", str(tmp_path / "model"), "--examples", "2",
                        "--rollouts", "2", *(["--out", str(tmp_path / "run")] if command == "train" else []), *flags])
         return code, *capsys.readouterr(), tmp_path / "run"
-    run.capture = capsys.readouterr
+    run.capture, run.task = capsys.readouterr, ("--task", str(tmp_path / "echo.py"))
     return run
 
 
@@ -405,9 +424,9 @@ def test_a_full_disk_leaves_the_older_states(tmp_path, tokenizer, noisy, monkeyp
 def test_every_step_of_a_finished_run_can_be_replayed(run):
     _, _, _, folder = run("train", "--steps", "3", "--eval-every", "2")
     for step in (1, 2, 3):
-        code, out, _, _ = (cli.main(["replay", str(folder), str(step)]), *run.capture(), folder)
+        code, out, _, _ = (cli.main(["replay", str(folder), str(step), *run.task]), *run.capture(), folder)
         assert code == 0 and "4 runs, 4 calls: token for token those of the run" in out and "1. say [0]" in out
-    assert cli.main(["replay", str(folder), "4"]) == 2 and "the run has steps 1 to 3 of" in run.capture()[1]
+    assert cli.main(["replay", str(folder), "4", *run.task]) == 2 and "the run has steps 1 to 3 of" in run.capture()[1]
 
 
 def test_a_step_of_a_run_with_lora_is_replayed_with_its_adapters(tmp_path, capsys):
@@ -487,7 +506,7 @@ def test_ctrl_c_saves_the_state_and_the_same_command_goes_on(run, monkeypatch):
     import signal
     original = G.train_step
     def interrupted(*args):
-        if args[-1] == 0:
+        if args[-2] == 0:
             os.kill(os.getpid(), signal.SIGINT)
         return original(*args)
     monkeypatch.setattr(G, "train_step", interrupted)
@@ -563,7 +582,7 @@ def test_a_stray_folder_is_no_state_and_a_damaged_state_does_not_keep_a_step_fro
     (folder / "state-foo").mkdir()
     state = folder / "state-0000001" / "state.safetensors"
     state.write_bytes(state.read_bytes() + b"x")
-    assert cli.main(["replay", str(folder), "2"]) == 0 and "token for token" in run.capture()[0]
+    assert cli.main(["replay", str(folder), "2", *run.task]) == 0 and "token for token" in run.capture()[0]
 
 
 @pytest.mark.parametrize("source, says", [
@@ -581,6 +600,124 @@ def test_a_task_file_may_have_dataclasses_with_future_annotations(run, tmp_path)
     text = (tmp_path / "echo.py").read_text()
     (tmp_path / "echo2.py").write_text("from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\n" + text)
     assert cli.main(["eval", "--task", str(tmp_path / "echo2.py"), "--model", str(tmp_path / "model")]) == 0
+
+
+# --------------------------------------------------------------------------------- a run that says what is wrong with it
+
+JUDGED = '''
+    from pathlib import Path
+    from program import Module, Prediction, Program, Task, tool
+    class Any(Program):
+        """Completes, whatever comes back."""
+        def __init__(self):
+            self.say = Module("text -> intent")
+        async def forward(self, text):
+            try:
+                await self.say(text=text)
+            except ValueError:
+                pass
+            return Prediction(text=await tool(str.upper, text))
+    asked = []
+    def metric(example, prediction):
+        asked.append(1)
+        if Path(__file__).with_name("broken").exists() and len(asked) > 8:     # 4 for dev, 4 in the first step
+            raise {error}
+        return len(asked) * 0.7 % 1
+    def load(data):
+        asked.clear()
+        examples = [{{"text": f"number {{i}}", "intent": f"the {{i}}th"}} for i in range(6)]
+        return Task(Any(), metric, examples[:3], examples[3:5], examples[5:], defaults={{"max_tokens": 5, "eval_examples": 2}})
+'''
+
+
+@pytest.mark.parametrize("error, says", [
+    ("OSError('no route')", "error: step 2: 4 of 4 runs were excluded"),
+    ("KeyError('label')", "error: the metric failed on example 0, rollout 0: KeyError: 'label'")])
+def test_a_failing_metric_stops_the_run_which_goes_on_once_it_is_mended(run, tmp_path, error, says):
+    def train(out, *flags):
+        (tmp_path / "judged.py").write_text(textwrap.dedent(JUDGED).format(error=error))
+        code = cli.main(["train", "--task", str(tmp_path / "judged.py"), "--model", str(tmp_path / "model"), "--examples", "2", "--rollouts", "2",
+                         "--steps", "3", "--out", str(tmp_path / out), *flags])
+        return code, run.capture().err, [p.name for p in sorted((tmp_path / out).glob("state-*"))]
+    run("eval")
+    (tmp_path / "broken").touch()
+    code, told, kept = train("run")
+    assert code == 2 and says in told and f"the same command with OUT={tmp_path / 'run'} goes on from here" in told
+    assert kept == ["state-0000000", "state-0000001"]
+    if "OSError" in error:
+        assert told.count("the metric raised OSError: no route (the first of its kind") == 1
+        assert "in metric\n" in (tmp_path / "run" / "errors.log").read_text()
+    else:
+        assert "in metric\n" in told                        # the traceback
+    (tmp_path / "broken").unlink()
+    code, told, _ = train("run", "--show-every", "1")       # other ways to show it do not matter
+    assert code == 0, told
+
+
+def test_after_patience_steps_that_taught_nothing_a_run_stops_and_goes_on_with_more(run):
+    def steps(*flags):
+        code, _, error, folder = run("train", "--steps", "6", *flags)
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return code, error, max(m["step"] for m in lines if "reward" in m), lines
+    code, error, done, lines = steps("--patience", "2")
+    assert (code, done) == (2, 2) and "error: 2 steps in a row taught nothing (--patience 2): no run earned more" in error
+    assert error.count("step 1: nothing to learn: ") == 1 and "step 2: nothing" not in error and "OUT=" in error
+    assert "say answered '" in error and lines[-1]["idle"] in error
+    assert steps("--patience", "4")[:1] + steps("--patience", "4")[2:3] == (2, 5)       # 3 and 4, then 5 at once
+    assert steps("--patience", "0")[::2] [:2] == (0, 6)
+
+
+def test_without_a_terminal_every_step_has_a_line_and_some_runs_are_shown(run, tmp_path):
+    code, out, error, _ = run("train", "--steps", "3", "--show-every", "2", "--patience", "0")
+    assert [line.split()[1] for line in error.splitlines() if re.match(r"step +\d+  reward -1.000  4 ", line)] == ["1", "2", "3"]
+    assert [line.split()[1] for line in out.splitlines() if line.endswith("the first of its runs:")] == ["1,", "3,"]
+    assert out.count("1. say [0]") == 2 and "entropy" in error and "tokens forwarded of" in error
+    code, out, _, _ = run("train", "--steps", "1", "--show-every", "0", "--out", str(tmp_path / "silent"))
+    assert code == 0 and "first of its runs" not in out
+
+
+def test_show_has_tools_what_was_expected_and_on_request_the_prompt(run, tmp_path):
+    run("eval")
+    (tmp_path / "judged.py").write_text(textwrap.dedent(JUDGED).format(error="OSError()"))
+    def shown(*flags):
+        assert cli.main(["show", "--task", str(tmp_path / "judged.py"), "--model", str(tmp_path / "model"), *flags]) == 0
+        return run.capture().out
+    text = shown()
+    assert "   tool upper\n    < number 3\n    > NUMBER 3" in text and "expected intent: the 3th" in text and "|" not in text
+    text = shown("--show-prompts")
+    assert "    | <|im_start|>system\n    | Your input fields are:" in text and text.count("<|im_start|>assistant") == 1
+
+
+def test_nothing_ends_for_want_of_a_character(run, monkeypatch):
+    run("eval")
+    terminal = io.TextIOWrapper(raw := io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert run("eval")[0] == 0 and b"0.000 ? 0.000" in raw.getvalue()
+    assert run("train", "--steps", "1")[0] == 0 and b"dev 0.000 ? 0.000" in raw.getvalue()
+
+
+@pytest.mark.parametrize("given", ["elsewhere/evil.py", "../evil", "evil.py"])
+def test_a_task_file_that_a_runs_folder_names_is_not_run(tmp_path, capsys, given, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place in (tmp_path, tmp_path / "elsewhere", ROOT / "tasks" / ".."):
+        if place != ROOT / "tasks" / "..":
+            place.mkdir(exist_ok=True)
+            (place / "evil.py").write_text("from pathlib import Path\nPath('was_here').touch()")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"task": given}))
+    (folder / "metrics.jsonl").write_text('{"step": 1, "reward": 1.0, "digest": ""}\n')
+    assert cli.main(["replay", str(folder), "1"]) == 2
+    assert f"--task {given}" in capsys.readouterr().err and not (tmp_path / "was_here").exists()
+    cli.main(["replay", str(folder), "1", "--task", "evil.py"])
+    assert (tmp_path / "was_here").exists()                 # it would have been
+
+
+def test_the_folder_of_a_run_is_not_a_checkpoint_and_its_best_is_named(run):
+    _, _, _, folder = run("train", "--steps", "1")
+    code, _, error, _ = run("eval", "--model", str(folder))
+    assert code == 2 and f"--model {folder}: is the folder of a run; its checkpoint is {folder / 'best'}" in error
+    assert run("eval", "--model", str(folder / "best"))[0] == 0
 
 
 @pytest.mark.parametrize("device", ["foo", "cuda:99"])
