@@ -196,7 +196,9 @@ def run_replay(folder: str, step: str, config: Config) -> str:
         if (Path(folder) / "prompts.json").exists():        # with the demonstrations that the run began with
             load_prompts(task.program, Path(folder) / "prompts.json")
         task = without_shown(task)
-        digests = {m["step"]: m["digest"] for m in read_metrics(Path(folder))[0]}
+        steps, dev = read_metrics(Path(folder))
+        digests = {m["step"]: m["digest"] for m in steps}
+        done = mmgrpo.settled(done, dev[0]["dev"]["sampled"]) if dev else done
     except InputError:
         raise
     except (OSError, ValueError, TypeError, KeyError) as e:

@@ -46,13 +46,13 @@ class Config:
     lora_alpha: float = 64.0        # LoRA is scaled by this over the rank
     lora_dropout: float = 0.0       # on the input of LoRA, in the update
     lora_targets: str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"       # layers that get LoRA
-    warm_start: int = 0             # first steps that train on the LM's own readable calls, whatever their reward (0: none)
+    warm_start: int = -1            # first steps that only train on calls that could be read (-1: 8 where less than half of the first dev runs are readable)
     # loss
     normalize: str = "sequence"     # mean over each call's tokens; token: over the step's; constant: sum / (voting runs x max_tokens)
     clip_low: float = 0.2           # the ratio is clipped to 1 - clip_low …
     clip_high: float = 0.2          # … and 1 + clip_high
     beta: float = 0.0               # weight of the KL divergence from the starting weights
-    correction: str = "none"        # of the mismatch between sampled and trained log-probs (bfloat16): none, tis or icepop
+    correction: str = "auto"        # of the mismatch between sampled and trained log-probs: none, tis or icepop; auto: tis in bfloat16
     entropy_target: float = 0.0     # nats per token: the loss has an entropy bonus while sampling is below it (0: never)
     entropy_coef: float = 0.1       # weight of the entropy bonus at entropy 0; it falls in a straight line to 0 at the target
     # prompts
@@ -71,7 +71,7 @@ class Config:
     steps: int = 20                 # training steps, each of inner_epochs optimizer steps
     patience: int = 5               # steps in a row with nothing to learn after which training stops (0: never)
     inner_epochs: int = 1           # updates on the same rollouts
-    lr: float = 5e-4                # of AdamW
+    lr: float = 0.0                 # of AdamW (0: 5e-4 up to width 128, then falling with its square; with LoRA ten times that)
     warmup: int = 5                 # steps of linear warm-up
     weight_decay: float = 0.0       # of AdamW
     clip_norm: float = 1.0          # the gradient's norm is clipped to this
@@ -90,14 +90,14 @@ class Config:
     def __post_init__(self):
         choices = {"level": ("call", "trajectory"), "short_groups": ("keep", "truncate", "fill"), "baseline": ("group", "example"),
                    "scale_rewards": ("std", "batch", "none"), "normalize": ("sequence", "token", "constant"),
-                   "correction": ("none", "tis", "icepop"),
+                   "correction": ("auto", "none", "tis", "icepop"),
                    "dtype": ("auto", "float32", "bfloat16"), "split": ("train", "dev", "test")}
         positive = ("examples", "rollouts", "max_tokens", "max_calls", "inner_epochs", "eval_every", "minibatch", "full_every")
         for f in dataclasses.fields(self):
             value, flag = getattr(self, f.name), f"--{f.name.replace('_', '-')}"
             if f.name in choices and value not in choices[f.name]:
                 raise InputError(f"{flag}: {value!r} is none of {', '.join(choices[f.name])}")
-            low = 1 if f.name in positive else -1 if f.name in ("dev_seed", "labelled_demos") else -math.inf if f.name in ("failure_score", "format_failure_score", "demo_score") else 0
+            low = 1 if f.name in positive else -1 if f.name in ("dev_seed", "warm_start", "labelled_demos") else -math.inf if f.name in ("failure_score", "format_failure_score", "demo_score") else 0
             if f.type in ("int", "float") and (not low <= value < 2**63 or value == -math.inf):        # NaN is in no range
                 raise InputError(f"{flag}: {value} is not a number of at least {low}" + " and below 2**63" * (value >= 2**63))
             if f.name in ("interrupt", "top_p") and value > 1:

@@ -664,6 +664,9 @@ def step_gradient(model: Transformer, rows: list[Row], config: Config, vocabular
     """The gradient of the step's loss, one fp32 tensor per parameter, and its figures (report.Tally), module by module to see
     what each contributes. `fresh`: the weights are still those that sampled; ParityError where the log-probs disagree. `alpha`:
     the weight of the entropy bonus. With a correction the first pass must be a fresh one."""
+    if config.correction == "auto":                         # fp32 leaves nothing to correct
+        low = model.head.dtype != torch.float
+        config = dataclasses.replace(config, correction="tis" if low else "none")
     parameters, tally, batch_tokens = trainable(model), Tally(config, model.head.dtype, fresh), tokens_per_batch(model, rows, config)
     total, device = None, model.head.device
     head = next((i for i, p in enumerate(parameters) if p is model.head), None)         # None: it is frozen
@@ -789,9 +792,9 @@ def train_step(model, tokenizer, optimizer, reference, task: Task, config: Confi
     torch.manual_seed((config.seed * 1_000_003 + step) % 2**63)         # for LoRA's dropout; all else has seeds of its own
     groups = group_calls(trajectories, config.short_groups, config.group_size, config.level, (config.seed, step))
     values = advantages(groups, trajectories, config.baseline, config.leave_one_out, config.scale_rewards)
-    warm_start = {"warm_start": True} if step < config.warm_start else {}
-    if warm_start:
-        values = readable(groups, trajectories)
+    warm_start = {}
+    if step < config.warm_start and any(map(any, shown := readable(groups, trajectories))):     # else rewards say more
+        values, warm_start = shown, {"warm_start": True}
     rows = weigh(groups, values, trajectories, config.normalize, config.max_tokens)
     entropy = sampled_entropy(rows)
     alpha = entropy_coefficient(entropy, config.entropy_target, config.entropy_coef)
@@ -803,7 +806,7 @@ def train_step(model, tokenizer, optimizer, reference, task: Task, config: Confi
     if not metrics["calls"]["trained"]:
         metrics["idle"] = nothing_to_learn(trajectories, config)
     parameters, = optimizer.param_groups
-    parameters["lr"] = config.lr * min(1.0, (step + 1) / max(config.warmup, 1))
+    parameters["lr"] = learning_rate(model, config) * min(1.0, (step + 1) / max(config.warmup, 1))
     for epoch in range(config.inner_epochs):
         gradient, figures = step_gradient(model, rows, config, tokenizer.size, reference, fresh=epoch == 0, alpha=alpha)
         metrics |= figures
@@ -814,11 +817,29 @@ def train_step(model, tokenizer, optimizer, reference, task: Task, config: Confi
             metrics["skipped"] = True
             break
         optimizer.step()
+        optimizer.zero_grad()                               # a gradient is as large as the weights: free it
         with torch.no_grad():
             torch._foreach_copy_(trainable(model), parameters["params"])
     for module, share in metrics.pop("grad_share").items():
         metrics["modules"][module]["grad_share"] = share
     return metrics | {"lr": parameters["lr"], "seconds": seconds | {"update": time.perf_counter() - began}}
+
+
+def learning_rate(model: Transformer, config: Config) -> float:
+    """--lr, or what suits the LM: 5e-4 for one of width 128, 2.5e-5 of 576, 5e-7 of 4,096; with LoRA ten times that."""
+    return config.lr or 5e-4 * min(1, 128 / model.config.hidden_size) ** 2 * (10 if config.lora_rank else 1)
+
+
+def settled(config: Config, first: dict) -> Config:
+    """The options, with what depends on how the LM starts: `first` is the first dev evaluation, sampled."""
+    if config.warm_start >= 0:
+        return config
+    unread = first["statuses"]["format_error"] + first["statuses"]["length"]
+    few = unread > 0.5 * first["rollouts"]
+    return dataclasses.replace(config, warm_start=WARM_STEPS if few else 0)
+
+
+WARM_STEPS = 8          # of a warm start that the program decides upon
 
 
 def check_sampling(config: Config) -> None:
@@ -873,6 +894,9 @@ def train(task: Task, model: Transformer, tokenizer: Tokenizer, config: Config, 
 
     if not scores:
         check(0)
+    config = settled(config, read_metrics(out)[1][0]["dev"]["sampled"])
+    if config.warm_start > start:
+        bar.write(f"warm start: the first {config.warm_start} steps train on calls that could be read, whatever they earned")
     for step in bar:
         try:
             metrics = train_step(model, tokenizer, optimizer, reference, task, config, step, show_one)

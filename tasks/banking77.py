@@ -10,7 +10,7 @@ import random
 from pathlib import Path
 
 from program import ChainOfThought, InputError, Prediction, Program, Task
-from tasks.files import read_rows, splits, text
+from tasks.files import REAL, read_rows, splits, text
 
 
 class Classify(Program):
@@ -130,5 +130,5 @@ def read(folder: Path) -> tuple[list[str], list[dict]]:
 
 def _load_real(folder: Path) -> Task:
     labels, examples = read(folder)
-    return Task(Classify(tuple(labels)), exact_match, *splits(folder, examples, *SIZES), {"max_tokens": 48, "max_calls": 1},
+    return Task(Classify(tuple(labels)), exact_match, *splits(folder, examples, *SIZES), REAL | {"max_tokens": 48, "max_calls": 1, "steps": 100, "eval_every": 50},
                 demonstrate=demonstrate)

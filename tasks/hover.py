@@ -20,7 +20,7 @@ from pathlib import Path
 import bm25s
 
 from program import ChainOfThought, InputError, Prediction, Program, Task
-from tasks.files import read_rows, splits, text
+from tasks.files import REAL, read_rows, splits, text
 from tasks.world import Names
 
 
@@ -283,4 +283,4 @@ def _load_real(folder: Path) -> Task:
         with (folder / "corpus.jsonl").open("rb") as file:
             kept = Path(".cache") / f"bm25-{hashlib.file_digest(file, 'blake2b').hexdigest()[:16]}"
     return Task(ResearchHop(Search(articles, kept=kept)), recall, *splits(folder, known, 500, 250, 250),
-                {"max_tokens": 96, "max_calls": 6}, demonstrate=partial(demonstrate, articles))
+                REAL | {"max_tokens": 96, "max_calls": 6, "steps": 30, "eval_every": 15}, demonstrate=partial(demonstrate, articles))

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from endpoint import Endpoint
 from program import ChainOfThought, Prediction, Program, Signature, Task, gather, tool
-from tasks.files import read_rows, splits, text
+from tasks.files import REAL, read_rows, splits, text
 from tasks.world import Names
 
 
@@ -204,4 +204,4 @@ def _load_real(folder: Path) -> Task:
     random.Random("papillon").shuffle(examples)
     untrusted, judge = Endpoint.named("MMGRPO_UNTRUSTED") or (lambda request: request), Endpoint.named("MMGRPO_JUDGE")
     return Task(Papillon(untrusted), Judged(judge) if judge else Reward(quality_of_words), *splits(folder, examples, 111, 221, 221),
-                {"max_tokens": 128, "max_calls": 2}, demonstrate=demonstrate_real)
+                REAL | {"max_tokens": 128, "max_calls": 2, "steps": 30, "eval_every": 15}, demonstrate=demonstrate_real)
