@@ -672,7 +672,9 @@ def step_gradient(model: Transformer, rows: list[Row], config: Config, vocabular
     head = next((i for i, p in enumerate(parameters) if p is model.head), None)         # None: it is frozen
     for module in sorted({r.module for r in rows}):
         gradient = None
-        trees = pack([r for r in rows if r.module == module], batch_tokens)
+        of_module = [r for r in rows if r.module == module]
+        trees = pack(of_module, batch_tokens)
+        tally.sums["distinct"] += sum(len(tree.ids) for tree in pack(of_module, sys.maxsize))     # in one tree, none stands twice
         while trees:
             tree = trees.pop()
             tokens = [(p, r.advantage, r.weight) for r in tree.rows for p in r.completion.logprobs]
@@ -839,7 +841,7 @@ def settled(config: Config, first: dict) -> Config:
     return dataclasses.replace(config, warm_start=WARM_STEPS if few else 0)
 
 
-WARM_STEPS = 8          # of a warm start that the program decides upon
+WARM_STEPS = 12         # of a warm start that the program decides upon
 
 
 def check_sampling(config: Config) -> None:

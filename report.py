@@ -283,7 +283,16 @@ def remarks(history: list[dict]) -> list[str]:
             said.append(f"step {last['step']}: nothing to learn: {last['idle']}")
     if "collapse" in last:
         said.append(f"step {last['step']}: {last['collapse']}")
+    if unshared(last) and not any(unshared(m) for m in before):
+        said.append(f"step {last['step']}: {last['tokens_forwarded']:,} tokens were forwarded in the update where "
+                    f"{last['tokens_distinct']:,} are distinct: micro-batches part calls that begin alike; "
+                    "a larger --batch-tokens shares more, and takes more memory")
     return said
+
+
+def unshared(metrics: dict) -> bool:
+    """Whether sharing prefixes would have saved more than a quarter of the update, and did not."""
+    return metrics.get("tokens_forwarded", 0) > 1.3 * metrics.get("tokens_distinct", math.inf)
 
 
 def step_line(metrics: dict) -> str:
@@ -384,7 +393,8 @@ class Tally:
         if self.has_entropy:
             more["entropy"] = self.sums["entropy"] / n
         return {"loss": self.sums["loss"], "kl": self.sums["kl"] / n, "clipped": self.sums["clipped"] / n,
-                "tokens_forwarded": self.sums["forwarded"], "tokens_unshared": self.sums["unshared"],
+                "tokens_distinct": self.sums["distinct"], "tokens_forwarded": self.sums["forwarded"],
+                "tokens_unshared": self.sums["unshared"],
                 "halved": self.sums["halved"], "grad_share": {m: x / norm for m, x in self.norms.items()},
                 **({"parity": self.parity()} if self.fresh else {}), **more}
 

@@ -215,10 +215,10 @@ def slow_loss(model, rows, config, reference=None, start=None, alpha=0.0):
             at = len(r.completion.prompt_ids) + t
             scores = lambda m: torch.log_softmax(m.logits(m(torch.tensor([ids[:at]])))[0, -1] / config.temperature, -1)
             score = lambda m: scores(m)[token]
-            before = old if config.correction == "none" else score(start).item()
+            before = old if start is None else score(start).item()
             x, rho = score(model), torch.exp(score(model) - before)
             gain = torch.minimum(rho * r.advantage, rho.clamp(1 - config.clip_low, 1 + config.clip_high) * r.advantage)
-            gain = FACTORS[config.correction](math.exp(before - old)) * gain
+            gain = FACTORS.get(config.correction, FACTORS["none"])(math.exp(before - old)) * gain
             if alpha:
                 gain = gain - alpha * (scores(model).exp() * scores(model)).sum()
             if reference is not None:
@@ -243,6 +243,7 @@ def test_the_gradient_equals_a_loop_over_the_sampled_tokens(rows, batch_tokens, 
     inputs = [(r.module, r.completion.prompt_ids + r.completion.token_ids[:-1]) for r in rows if r.completion.token_ids]
     prefixes = {(module, *ids[:n]) for module, ids in inputs for n in range(1, len(ids) + 1)}
     assert figures["tokens_unshared"] == sum(len(ids) for _, ids in inputs)
+    assert figures["tokens_distinct"] == len(prefixes)
     assert figures["tokens_forwarded"] == {1: figures["tokens_unshared"], 10_000: len(prefixes)}.get(batch_tokens, figures["tokens_forwarded"])
 
 
@@ -357,7 +358,7 @@ def test_completions_of_no_and_of_one_token_train():
     assert all(torch.isfinite(x).all() for x in g) and figures["tokens_forwarded"] == 1
     g, figures = gradient(model, rows[:1])
     assert not any(x.any() for x in g) and figures == {
-        "loss": 0, "kl": 0, "clipped": 0, "tokens_forwarded": 0, "tokens_unshared": 0, "halved": 0, "grad_share": {}}
+        "loss": 0, "kl": 0, "clipped": 0, "tokens_distinct": 0, "tokens_forwarded": 0, "tokens_unshared": 0, "halved": 0, "grad_share": {}}
     assert not any(x.any() for x in gradient(model, [])[0])
 
 
@@ -400,6 +401,20 @@ def test_every_distinct_prefix_is_one_node_that_sees_its_own_tokens(rows, long):
         assert len(set(prefixes)) == len(prefixes)
         for row, (_, path) in zip(tree.rows, tree.paths):
             assert [tree.ids[i] for i in path] == row.completion.prompt_ids + row.completion.token_ids[:-1]
+
+
+@pytest.mark.parametrize("shared, own, examples", [(30, 5, 2), (400, 30, 4), (1700, 30, 4), (6000, 50, 3), (300, 900, 8)])
+def test_by_default_rows_that_begin_alike_are_not_parted(shared, own, examples):
+    """Whatever the length of the prompts: at most 1.3 times the distinct tokens are forwarded."""
+    rng = np.random.default_rng(0)
+    draw = lambda n: rng.integers(1, 1000, n).tolist()
+    trunk, rows = draw(shared), []
+    for _ in range(examples):
+        prompt = trunk + draw(own)
+        rows += [G.Row("m", Completion(prompt, draw(40), [0.0] * 40, "stop"), 1.0, 1.0) for _ in range(8)]
+    size = G.tokens_per_batch(make_model(vocab_size=V), rows, G.Config())
+    forwarded, distinct = (sum(len(tree.ids) for tree in G.pack(rows, n)) for n in (size, 10**9))
+    assert forwarded <= 1.3 * distinct
 
 
 def test_modules_share_the_gradient_norm():

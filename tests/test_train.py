@@ -58,7 +58,7 @@ def test_a_step_moves_the_weights_and_reports_itself(model, tokenizer):
     m = one_step(model, tokenizer)
     assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
     assert set(m) == {"step", "reward", "reward_std", "statuses", "surprise", "calls", "modules", "loss", "kl", "clipped", "halved",
-                      "tokens_forwarded", "tokens_unshared", "grad_norm", "lr", "seconds", "parity", "digest", "reward_completed",
+                      "tokens_distinct", "tokens_forwarded", "tokens_unshared", "grad_norm", "lr", "seconds", "parity", "digest", "reward_completed",
                       "errors"}
     assert set(m["modules"]["second"]) == {"calls", "tokens", "entropy", "survival", "zero_variance", "advantage_scale", "grad_share"}
     assert m["statuses"]["completed"] == 12 and m["calls"]["made"] == 36 and m["modules"]["second"]["survival"] == [1, 1]
