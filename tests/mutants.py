@@ -226,7 +226,7 @@ MUTANTS = [
     ("a probe is of no demonstration's example", "start.py", "return order[:len(order) // 2], order[len(order) // 2:]", "return order, order", "start"),
     ("prompts leave room in the context", "start.py", "<= ROOM * context", "<= 10**9", "start"),
     ("nothing is trained on with its answer in the prompt", "prompts.py", "search)(without_shown(task), ", "search)(task, ", "start"),
-    ("what stands in a prompt is told module by module", "start.py", "demo in prompts[name] for name, demos", "demo in sum(prompts.values(), []) for name, demos", "start"),
+    ("an example of which one call stands in a prompt is left out", "start.py", "return any(demo in prompts[name]", "return all(demo in prompts[name]", "start"),
     ("a start is chosen once", "start.py", '    if not path.exists():\n        write_json(path, {"config"', '    if True:\n        write_json(path, {"config"', "start"),
     ("a start of other options is refused", "start.py", '    same_options(out, kept["config"], options)\n', "", "start"),
     ("demonstrations that changed are another option", "prompt_files.py", "if others else", "if config.prompts else", "start"),
