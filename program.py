@@ -491,11 +491,16 @@ def run_programs(program: Program, examples: list[dict], metric: Callable[[dict,
 
     async def drive() -> list[Trajectory]:
         tasks = [asyncio.create_task(run(e, r).play()) for e in range(len(examples)) for r in range(rollouts)]
-        while not all(t.done() and t.result() for t in tasks):                          # a Trajectory, or raises ProgramError
-            await asyncio.sleep(0 if shared.tickets else 0.001)                         # let the runs go on
-            for ticket, completion in sampler.advance() if shared.tickets else ():
-                shared.tickets.pop(ticket).set_result(completion)
-        return [t.result() for t in tasks]
+        try:
+            while not all(t.done() and t.result() for t in tasks):                      # a Trajectory, or raises ProgramError
+                await asyncio.sleep(0 if shared.tickets else 0.001)                     # let the runs go on
+                for ticket, completion in sampler.advance() if shared.tickets else ():
+                    shared.tickets.pop(ticket).set_result(completion)
+            return [t.result() for t in tasks]
+        finally:
+            for t in tasks:                                 # where one failed, asyncio need not print the others
+                if t.done() and not t.cancelled():
+                    t.exception()
 
     try:
         notebook = bool(asyncio.get_running_loop())         # its event loop is running already

@@ -172,6 +172,7 @@ MUTANTS = [
     ("a failure is told once", "program.py", "if error not in self.told:", "if True:", "program"),
     ("tools stand where they were used", "program.py", "after=len(self.calls))", "after=0)", "program"),
     ("the trace of a tool is a copy", "program.py", "note(result=_copied(result),", "note(result=result,", "program"),
+    ("a bug that all runs have is told once", "program.py", "                    t.exception()\n", "                    pass\n", "program"),
     ("each kind of failure is printed once", "report.py", "kind in self.kinds or ", "", "program"),
     ("a step of excluded runs is not trained on", "report.py", "if 2 * len(excluded) <= len(trajectories):", "if len(excluded) < len(trajectories):", "report"),
     ("a run that stops has its state saved", "mmgrpo.py", "            keep(step)  ", "            pass  ", "train"),

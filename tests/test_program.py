@@ -1,5 +1,6 @@
 """Signatures, prompts, parsing, programs, and the ways a run ends."""
 import asyncio
+import gc
 import http.server
 import json
 import math
@@ -279,6 +280,13 @@ def test_a_bug_in_the_metric_stops_the_run_with_its_traceback(error):
     with pytest.raises(ProgramError, match="the metric failed on example 0, rollout 0: " + type(error).__name__) as e:
         run(Two(), metric=raises(error))
     assert e.value.__cause__ is error and error.__traceback__ is not None
+
+
+def test_a_bug_that_all_runs_have_is_told_once(caplog):
+    with pytest.raises(ProgramError):
+        run(Two(), metric=raises(KeyError("label")), rollouts=8)
+    gc.collect()
+    assert not caplog.records                               # asyncio tells of a failure that nobody looked at
 
 
 @pytest.mark.parametrize("given", [None, "high", "0.5", b"1", [], {}, {"quality": 1.0}, {"reward": None}, {"reward": 1.0, "quality": "good"}, object()])

@@ -439,7 +439,9 @@ def test_the_command_line_searches_prompts_and_then_trains(tmp_path, capsys, mon
     options = ["--task", "banking77", "--trials", "2", "--full-every", "2", "--minibatch", "4", "--eval-examples", "4", "--bootstrap", "8",
                "--steps", "1", "--examples", "2", "--rollouts", "2"]
     assert cli.main(["train", *options, "--strategy", "p -> w"]) == 0
-    said = capsys.readouterr().out
+    said, told = capsys.readouterr()
+    trials = (tmp_path / "runs/banking77/1-p/trials.jsonl").read_text().splitlines()
+    assert [line.split()[1] for line in told.splitlines() if line.startswith("trial ")] == [str(i) for i in range(len(trials))]
     assert "1-p: dev score" in said and "2-w: dev score" in said and "banking77 dev score:" in said
     result = json.loads((tmp_path / "runs/banking77/result.json").read_text())
     assert [s["stage"] for s in result["stages"]] == ["1-p", "2-w"] and (tmp_path / result["model"] / "model.safetensors").is_file()

@@ -16,6 +16,7 @@ import dspy_grouping  # noqa: E402
 import reference  # noqa: E402
 import transformers  # noqa: E402
 import trl_loss  # noqa: E402
+from dspy.adapters.utils import parse_value  # noqa: E402
 from dspy.adapters.xml_adapter import XMLAdapter  # noqa: E402
 
 import model as M  # noqa: E402
@@ -98,6 +99,30 @@ def test_prompts_are_byte_for_byte_those_of_dspys_xml_adapter():
     for _ in range(500):
         theirs, ours, inputs, demos = random_case(rng)
         assert P.render(ours, inputs, None, demos) == adapter.format(theirs, demos, inputs)
+
+
+LABELS = ("card_lost", "Refund_not", "A b", "it's", "x?", 'a "q"', "C#", "-1", "Lost", "lost")
+SLIPS = [lambda t: f"'{t}'", lambda t: f'"{t}"', lambda t: f" {t}", lambda t: f"{t}\n", lambda t: f"Literal[{t}]", lambda t: f"str[{t}]",
+         lambda t: f"{t}.", lambda t: t[:-1], lambda t: f"{t}, lost", lambda t: f"{{{t}}}", str.upper]
+
+
+def test_every_label_that_dspy_reads_is_read_as_the_same():
+    rng, read, more = random.Random(0), 0, 0
+    for _ in range(3000):
+        text = rng.choice(LABELS)
+        for slip in rng.choices(SLIPS, k=rng.randrange(4)):
+            text = slip(text)
+        try:
+            theirs = parse_value(text, Literal[LABELS])
+        except Exception:                                   # theirs raises several classes
+            theirs = None
+        try:
+            ours = P.parse(P.Signature("x -> y", types={"y": LABELS}), f"<y>{text}</y>")["y"]
+        except P.FormatError:
+            ours = None
+        assert theirs in (None, ours), (text, theirs, ours)
+        read, more = read + (theirs is not None), more + (ours is not None and theirs is None)
+    assert read > 500 and more > 300
 
 
 class Theirs(dspy.Module):
