@@ -14,6 +14,7 @@ K key/value heads, d width of a head, V vocabulary.
 """
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -212,71 +213,79 @@ class Transformer(nn.Module):
         return F.linear(hidden, self.head)
 
 
-# --------------------------------------------------------------------------------- attention over a prefix tree
-def flash(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Attention of q (B, H, T, d) over k, v (B, K, L, d) -> (out (B, H, T, d), log-sum-exp of the scores (B, H, T), fp32).
+# -------------------------------------------------------------- attention over a prefix tree
+def flash(q: Tensor, k: Tensor, v: Tensor, causal: bool = False,
+          mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Attention of q (B, H, T, d) over k, v (B, K, L, d), with the log-sum-exp of its scores.
 
-    `mask` (B, 1, T or 1, L), fp32, is added to the scores."""
+    `mask` (B, 1, T or 1, L), fp32, is added to the scores. Returns out (B, H, T, d) and lse
+    (B, H, T), fp32."""
     q, k, v, restore = _align_heads(q, k, v, causal, mask)
     out, lse = _kernel(q, k, v, causal, mask)
     return restore(out), restore(lse)
 
 
-def flash_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool = False,
-                   mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """What these keys add to the gradients of q, k, v where `out` and `lse` are those of all keys that the queries see.
+def flash_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                   causal: bool = False, mask: Tensor | None = None):
+    """What these keys add to the gradients (dq, dk, dv), `out` and `lse` being those of all keys.
 
-    With P = exp(q k - lse), the scores' gradient P (d_out v - sum(d_out out)) holds for each key by itself (FlashAttention-2,
-    arXiv 2307.08691, section 3.1): a kernel that is given the merged results returns exactly its keys' share."""
+    With P = exp(q k - lse), the scores' gradient P (d_out v - sum(d_out out)) holds for each key by
+    itself (FlashAttention-2, arXiv 2307.08691, section 3.1): a kernel that is given the merged
+    results of an attention returns exactly its own keys' share."""
     kv_heads = k.shape[1]
     q, k, v, restore = _align_heads(q, k, v, causal, mask)
-    d_out, out, lse = (x if x.shape[1] == q.shape[1] else x.unflatten(1, (kv_heads, -1)).flatten(2, 3)
-                       for x in (d_out, out, lse))
+    if q.shape[1] != d_out.shape[1]:                        # folded, as the queries are
+        d_out, out, lse = (x.unflatten(1, (kv_heads, -1)).flatten(2, 3) for x in (d_out, out, lse))
     dq, dk, dv = _kernel_backward(d_out, q, k, v, out, lse, causal, mask)
-    if dk.shape[1] != kv_heads:
+    if dk.shape[1] != kv_heads:                             # of repeated keys
         dk, dv = (x.unflatten(1, (kv_heads, -1)).sum(2) for x in (dk, dv))
     return restore(dq), dk, dv
 
 
 def _align_heads(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None):
-    """As many heads of keys as of queries. Where the keys are many and all queries see the same, the H/K heads that share keys
-    are folded into the queries, (B, K, H/K T, d); else the keys are repeated. The last of the four undoes it in the result."""
+    """As many heads of keys as of queries, and a function that undoes it in what comes out.
+
+    Where the keys are many and all queries see the same, the H/K heads that share keys are folded
+    into the queries, (B, K, H/K T, d); else the keys are repeated."""
     B, H, T, d = q.shape
     K, L = k.shape[1:3]
     if H == K:
         return q, k, v, lambda x: x
     if causal or H // K * T > L or mask is not None and mask.shape[2] > 1:
-        return q, k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1), lambda x: x
+        k, v = (x.repeat_interleave(H // K, 1) for x in (k, v))
+        return q, k, v, lambda x: x
     return q.reshape(B, K, -1, d), k, v, lambda x: x.reshape(B, H, T, *x.shape[3:])
 
 
 def _kernel(q, k, v, causal, mask):
-    if q.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)
-    return plain_attention(q, k, v, causal, mask)
+    if q.device.type != "cpu":
+        return plain_attention(q, k, v, causal, mask)
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return fused(q, k, v, 0.0, causal, attn_mask=mask)
 
 
 def _kernel_backward(d_out, q, k, v, out, lse, causal, mask):
-    if q.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            d_out, q, k, v, out, lse, 0.0, causal, attn_mask=mask)
-    return plain_attention_backward(d_out, q, k, v, out, lse, causal, mask)
+    if q.device.type != "cpu":
+        return plain_attention_backward(d_out, q, k, v, out, lse, causal, mask)
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return fused(d_out, q, k, v, out, lse, 0.0, causal, attn_mask=mask)
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def plain_attention(q, k, v, causal, mask):
     """What the fused kernel computes, in plain products: (out, log-sum-exp)."""
-    scores = _scores(q, k, causal, mask)                                        # (B, H, T, L)
+    scores = _scores(q, k, causal, mask)                            # (B, H, T, L)
     lse = scores.logsumexp(-1)
     return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse
 
 
-def plain_attention_backward(d_out, q, k, v, out, lse, causal, mask) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv), as the fused kernel's."""
-    p = (_scores(q, k, causal, mask) - lse[..., None]).exp()                    # (B, H, T, L)
+def plain_attention_backward(d_out, q, k, v, out, lse, causal, mask):
+    """What the fused kernel's backward computes: (dq, dk, dv)."""
+    p = (_scores(q, k, causal, mask) - lse[..., None]).exp()        # (B, H, T, L)
     d_p = (d_out @ v.transpose(2, 3)).float()
     d_scores = p * (d_p - (d_out.float() * out.float()).sum(-1, keepdim=True))
     d_scores = (d_scores * q.shape[-1] ** -0.5).to(q.dtype)
-    return d_scores @ k, d_scores.transpose(2, 3) @ q, p.to(q.dtype).transpose(2, 3) @ d_out
+    dv = p.to(q.dtype).transpose(2, 3) @ d_out
+    return d_scores @ k, d_scores.transpose(2, 3) @ q, dv
 
 
 def _scores(q, k, causal, mask):
@@ -288,169 +297,210 @@ def _scores(q, k, causal, mask):
 
 
 def merge(out: Tensor, lse: Tensor, at: slice | Tensor, part_out: Tensor, part_lse: Tensor) -> None:
-    """Attention over some keys and over others -> over both, in place: o = sum_i o_i exp(lse_i - lse).
+    """Attention over some keys and over others -> over both: o = sum_i o_i exp(lse_i - lse).
 
-    out (H, T, d) and lse (H, T), fp32, are what there is; part_out (H, n, d) and part_lse (H, n) join the n queries `at`."""
+    In place: out (H, T, d) and lse (H, T), fp32, are what there is; part_out (H, n, d) and part_lse
+    (H, n) join the n queries `at`."""
     before = lse[:, at]
     both = torch.logaddexp(before, part_lse)
-    out[:, at] = out[:, at] * (before - both).exp()[..., None] + part_out * (part_lse - both).exp()[..., None]
+    old = out[:, at] * (before - both).exp()[..., None]
+    out[:, at] = old + part_out * (part_lse - both).exp()[..., None]
     lse[:, at] = both
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some queries and some keys of a forest: one call of a kernel. Long segments are ranges, all that is short is in blocks."""
+    """Some queries and some keys of a forest: one call of a kernel.
+
+    Long segments are ranges; all that is short is in one part of padded blocks."""
     queries: slice | Tensor             # of the T inputs: a range, or (blocks, size)
     keys: slice | Tensor                # nodes: a range, or (blocks, longest)
-    causal: bool = False                # query i sees keys 0..i; else all of them, or what the mask says
+    causal: bool = False                # query i sees keys 0..i; else all, or what the mask says
     mask: Tensor | None = None          # (blocks, 1, size, longest) 0 or -inf
-    inside: Tensor | None = None        # (blocks x size,) a block is filled up with its last query, which counts once
+    # (n,) places in blocks x size: a block is filled up with its last query, which counts once
+    inside: Tensor | None = None
 
     @property
     def nodes(self) -> slice | Tensor:
         """The queries, each once: a range, or (n,)."""
         return self.queries if self.inside is None else self.queries.flatten()[self.inside]
 
-    def take(self, x: Tensor, at: slice | Tensor) -> Tensor:
-        """(heads, T, …) -> (1, heads, range, …) or (blocks, heads, size, …)."""
-        return x[None, :, at] if isinstance(at, slice) else x[:, at].transpose(0, 1)
+    def take(self, at: slice | Tensor, *xs: Tensor) -> list[Tensor]:
+        """Each (heads, T, …) -> (1, heads, range, …) or (blocks, heads, size, …)."""
+        if isinstance(at, slice):
+            return [x[None, :, at] for x in xs]
+        return [x[:, at].transpose(0, 1) for x in xs]
 
     def results(self, x: Tensor) -> Tensor:
-        """What came of the queries, (1, heads, range, …) or (blocks, heads, size, …) -> (heads, n, …), in the order of `nodes`."""
+        """What came of the queries, shaped as `take` does -> (heads, n, …), one for each of `nodes`."""
         return x[0] if self.inside is None else x.transpose(0, 1).flatten(1, 2)[:, self.inside]
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """q (H, T, d), k and v (K, nodes, d) -> out (H, n, d), lse (H, n) of the part alone."""
+        q, = self.take(self.queries, q)
+        k, v = self.take(self.keys, k, v)
+        out, lse = flash(q, k, v, self.causal, self.mask)
+        return self.results(out), self.results(lse)
+
+    def add_gradients(self, d_out, q, k, v, out, lse, dq, dk, dv) -> None:
+        """Add the part's share to dq (H, T, d), dk and dv (K, nodes, d), fp32."""
+        d_out, q, out, lse = self.take(self.queries, d_out, q, out, lse)
+        k, v = self.take(self.keys, k, v)
+        if self.inside is not None:
+            once = torch.zeros(self.queries.numel(), dtype=d_out.dtype, device=d_out.device)
+            once[self.inside] = 1
+            d_out = d_out * once.view(*self.queries.shape)[:, None, :, None]
+        more_q, more_k, more_v = flash_backward(d_out, q, k, v, out, lse, self.causal, self.mask)
+        dq[:, self.nodes] += self.results(more_q)
+        for total, more in ((dk, more_k), (dv, more_v)):
+            if isinstance(self.keys, slice):
+                total[:, self.keys] += more[0]
+            else:                                           # a node is among the keys of many blocks
+                more = more.transpose(0, 1).flatten(1, 2)
+                total.index_add_(1, self.keys.flatten(), more.float())
 
 
 class _Forest(torch.autograd.Function):
     """Attention over the parts of a forest, merged; its backward is each part's own kernel."""
     @staticmethod
-    def forward(ctx, q, k, v, parts):           # (H, T, d), (K, nodes, d) twice -> (H, T, d)
+    def forward(ctx, q, k, v, parts):                       # (H, T, d), (K, nodes, d) twice
         out = q.new_zeros(q.shape, dtype=torch.float)
         lse = q.new_full(q.shape[:2], -math.inf, dtype=torch.float)
         for part in parts:
-            at = part.nodes
-            part_out, part_lse = map(part.results, flash(
-                part.take(q, part.queries), part.take(k, part.keys), part.take(v, part.keys), part.causal, part.mask))
-            if len(parts) == 1:                 # nothing to merge with
-                out[:, at], lse[:, at] = part_out.float(), part_lse
-            else:
-                merge(out, lse, at, part_out, part_lse)
+            part_out, part_lse = part.forward(q, k, v)
+            if len(parts) > 1:
+                merge(out, lse, part.nodes, part_out, part_lse)
+            else:                                           # nothing to merge with
+                out[:, part.nodes], lse[:, part.nodes] = part_out.float(), part_lse
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.parts = parts
-        return out
+        return out                                          # (H, T, d)
 
     @staticmethod
     def backward(ctx, d_out):
         q, k, v, out, lse = ctx.saved_tensors
         dq, dk, dv = (torch.zeros_like(x, dtype=torch.float) for x in (q, k, v))
         for part in ctx.parts:
-            d_part = part.take(d_out, part.queries)
-            if part.inside is not None:         # a repeated query counts once
-                once = torch.zeros(part.queries.numel(), dtype=d_out.dtype, device=d_out.device)
-                once[part.inside] = 1
-                d_part = d_part * once.view(*part.queries.shape)[:, None, :, None]
-            dq_part, dk_part, dv_part = flash_backward(
-                d_part, part.take(q, part.queries), part.take(k, part.keys), part.take(v, part.keys),
-                part.take(out, part.queries), part.take(lse, part.queries), part.causal, part.mask)
-            dq[:, part.nodes] += part.results(dq_part)
-            for total, more in ((dk, dk_part), (dv, dv_part)):
-                if isinstance(part.keys, slice):
-                    total[:, part.keys] += more[0]
-                else:                           # a node is among the keys of many blocks
-                    total.index_add_(1, part.keys.flatten(), more.transpose(0, 1).flatten(1, 2).float())
+            part.add_gradients(d_out, q, k, v, out, lse, dq, dk, dv)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
 
 
 class TreeAttention:
-    """`attend` for a forest of prefixes: T nodes as one sequence (1, T), in which each sees its ancestors and itself.
+    """`attend` for a forest of prefixes: T nodes as one sequence (1, T); each sees its ancestors.
 
-    `paths` are pairs (known, path), a path being nodes from a root on: path[:known] are there already, path[known:] are new, and
-    those of all paths, one after the other, are the T inputs. Paths that begin alike must be neighbours. Two rows that share
-    their first two tokens: TreeAttention([(0, [0, 1, 2]), (2, [0, 1, 3])]), T = 4, node 3 sees 0, 1 and itself. Keys and values
-    are in `pool` (2, layers, nodes, K, d); without one, node i is the i-th of the T.
+    `paths` are pairs (known, path), a path being nodes from a root on: path[:known] are there
+    already, path[known:] are new, and those of all paths, one after the other, are the T inputs.
+    Paths that begin alike must be neighbours. Two rows that share their first two tokens:
+    TreeAttention([(0, [0, 1, 2]), (2, [0, 1, 3])]), T = 4, node 3 sees 0, 1 and itself. Keys and
+    values are in `pool` (2, layers, nodes, K, d); without one, node i is the i-th of the T.
 
-    A segment is a chain of nodes without branches. A long one is a range of keys that is neither copied nor masked: its own
-    queries see it causally, all that come below it see the whole, and they stand in one range behind it. The short
-    segments of each path are gathered, for blocks of its queries."""
+    A segment is a chain of nodes without branches. A long one is a range of keys that is neither
+    copied nor masked: its own queries see it causally, and all that come below it, a range as well,
+    see it whole. The short segments of each path are gathered, for blocks of its queries."""
     LONG = 128          # nodes from which a kernel of its own costs less than copies and masks
 
     def __init__(self, paths: list[tuple[int, list[int]]], device=None, pool: Tensor | None = None):
         new, parts = forest_parts(paths, self.LONG)
-        self.pool, self.new = pool, torch.tensor(new, device=device)            # (T,) pool node of each input
         on = lambda x: torch.as_tensor(x).to(device) if isinstance(x, np.ndarray) else x
-        self.parts = [Part(on(p.queries), on(p.keys), p.causal, on(p.mask), on(p.inside)) for p in parts]
+        self.pool = pool
+        self.new = on(new)                                  # (T,) pool node of each input
+        self.parts = [Part(*(on(getattr(part, f.name)) for f in dataclasses.fields(Part)))
+                      for part in parts]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.pool is None:
             return _Forest.apply(q[0], k[0], v[0], self.parts)[None]
         self.pool[0, layer, self.new] = k[0].transpose(0, 1)
         self.pool[1, layer, self.new] = v[0].transpose(0, 1)
-        keys, values = self.pool[:, layer].transpose(1, 2)                      # (K, nodes, d) each
+        keys, values = self.pool[:, layer].transpose(1, 2)              # (K, nodes, d) each
         return _Forest.apply(q[0], keys, values, self.parts)[None]
 
 
 def forest_parts(paths: list[tuple[int, list[int]]], long: int) -> tuple[np.ndarray, list[Part]]:
-    """The node of each of the T inputs, and the parts, in numpy, that cover each pair of a query and a node it sees once."""
-    knowns, paths = [known for known, _ in paths], [np.asarray(path) for _, path in paths]
+    """The node of each of the T inputs, and the parts, in numpy: together they have each pair of a
+    query and a node that it sees once."""
+    knowns = [known for known, _ in paths]
+    paths = [np.asarray(path) for _, path in paths]
     starts = _segment_starts(knowns, paths)
-    causal, below = [], {}              # below: segment's first node -> its end, and the range of queries that see all of it
-    blocks, first = [], 0               # first: the place of a path's first new node among the T
+    causal, blocks = [], []
+    below: dict[int, list[slice]] = {}                      # first node of a segment -> keys, queries
+    first = 0                                               # place of a path's first new node
     for known, path in zip(knowns, paths):
-        cuts = np.append(np.flatnonzero(starts[path]), len(path))
         place = lambda depth: first + max(depth - known, 0)
+        end_of_path = place(len(path))
+        cuts = np.append(np.flatnonzero(starts[path]), len(path)).tolist()
         short = []
-        for begin, end in zip(cuts[:-1].tolist(), cuts[1:].tolist()):           # depths of a segment in this path
+        for begin, end in zip(cuts, cuts[1:]):              # depths of a segment in this path
             if end - begin < long:
                 short.append(np.arange(begin, end))
                 continue
             keys = slice(int(path[begin]), int(path[begin]) + end - begin)
             if begin >= known:
                 causal.append(Part(slice(place(begin), place(end)), keys, causal=True))
-            if place(end) < place(len(path)):
-                before = below.get(keys.start)
-                below[keys.start] = (keys, before[1] if before else place(end), place(len(path)))
+            if place(end) < end_of_path:
+                queries = below.get(keys.start, [keys, slice(place(end), end_of_path)])[1]
+                below[keys.start] = [keys, slice(queries.start, end_of_path)]
         if short:
             depths = np.concatenate(short)
-            blocks.append((path[depths], depths, max(int(depths[0]), known), len(path), place(max(int(depths[0]), known))))
+            top = max(int(depths[0]), known)                # what is above sees nothing short
+            blocks.append(BlockRow(path[depths], depths, top, len(path), place(top)))
         first += len(path) - known
     new = np.concatenate([path[known:] for known, path in zip(knowns, paths)])
-    parts = [*causal, *(Part(slice(start, end), keys) for keys, start, end in below.values())]
-    return new, parts + ([_blocks(blocks)] if any(b[2] < b[3] for b in blocks) else [])
+    parts = causal + [Part(queries, keys) for keys, queries in below.values()]
+    if any(row.begin < row.end for row in blocks):
+        parts.append(_blocks(blocks))
+    return new, parts
 
 
 def _segment_starts(knowns: list[int], paths: list[np.ndarray]) -> np.ndarray:
-    """Of each node whether a segment begins there: at roots, at first new nodes, behind branches, and where numbers jump."""
+    """Of each node whether a segment begins there: at roots, at first new nodes, behind branches,
+    and where the numbers of a path jump."""
     everything = np.concatenate(paths)
-    seen_by = np.bincount(everything)                   # paths through each node: fewer behind a branch
+    seen_by = np.bincount(everything)                       # paths through each node
     starts = np.zeros(len(seen_by), bool)
     for known, path in zip(knowns, paths):
         starts[path[:1]] = True
         starts[path[known:known + 1]] = True
-        starts[path[1:][(np.diff(path) != 1) | (np.diff(seen_by[path]) != 0)]] = True
+        branches = np.diff(seen_by[path]) != 0
+        jumps = np.diff(path) != 1
+        starts[path[1:][branches | jumps]] = True
     return starts
 
 
-def _blocks(rows: list[tuple]) -> Part:
-    """Rows (short nodes, their depths, depth of the first query, of the end, the first query's place) as one padded part."""
-    longest = max(len(nodes) for nodes, *_ in rows)
-    size = min(max(end - begin for _, _, begin, end, _ in rows), max(64, longest // 8))     # so keys are gathered 8 times at the most
-    which, depths, places, lefts = [], [], [], []       # of each block: its row, its first query's depth and place, how many
-    for row, (_, _, begin, end, place) in enumerate(rows):
-        for depth in range(begin, end, size):
-            which.append(row)
-            depths.append(depth)
-            places.append(place + depth - begin)
-            lefts.append(min(end - depth, size))
+@dataclass(frozen=True)
+class BlockRow:
+    """A path's short nodes, and its queries that see some of them."""
+    nodes: np.ndarray
+    depths: np.ndarray                  # of the nodes
+    begin: int                          # depth of the first query
+    end: int
+    place: int                          # of the first query among the T
+
+
+def _blocks(rows: list[BlockRow]) -> Part:
+    """Rows -> one part of padded blocks, a row's queries in as many blocks as they need."""
+    longest = max(len(row.nodes) for row in rows)
+    most = max(row.end - row.begin for row in rows)
+    size = min(most, max(64, longest // 8))                 # keys are gathered 8 times at the most
+
     keys = np.zeros((len(rows), longest), np.int64)
-    key_depths = np.full((len(rows), longest), np.iinfo(np.int64).max)      # padding is deeper than any query
-    for row, (nodes, own, *_) in enumerate(rows):
-        keys[row, :len(nodes)] = nodes
-        key_depths[row, :len(nodes)] = own
-    offset = np.minimum(np.arange(size), np.array(lefts)[:, None] - 1)      # (blocks, size), the last query repeated
-    seen = key_depths[which][:, None] <= (np.array(depths)[:, None] + offset)[..., None]        # (blocks, size, longest)
+    deepest = np.iinfo(np.int64).max                        # padding is deeper than any query
+    key_depths = np.full((len(rows), longest), deepest)
+    blocks = []                                             # its row, first depth and place, length
+    for i, row in enumerate(rows):
+        keys[i, :len(row.nodes)] = row.nodes
+        key_depths[i, :len(row.nodes)] = row.depths
+        for depth in range(row.begin, row.end, size):
+            blocks.append((i, depth, row.place + depth - row.begin, min(row.end - depth, size)))
+
+    which, depth, place, length = np.array(blocks).T
+    offset = np.minimum(np.arange(size), length[:, None] - 1)                   # (blocks, size)
+    depths = depth[:, None] + offset
+    seen = key_depths[which][:, None] <= depths[:, :, None]                     # (…, size, longest)
     mask = np.where(seen, np.float32(0), np.float32(-np.inf))[:, None]
-    inside = np.flatnonzero(np.arange(size) < np.array(lefts)[:, None])
-    return Part(np.array(places)[:, None] + offset, keys[which], False, mask, inside)
+    inside = np.flatnonzero(np.arange(size) < length[:, None])
+    return Part(place[:, None] + offset, keys[which], False, mask, inside)
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -458,21 +508,24 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
+# ------------------------------------------------------------- what follows from the machine
 def fp32_head(head: Tensor) -> Tensor:
-    """The vocabulary projection (V, D) as `fp32_logits` multiplies it fastest: on the CPU a copy in fp32."""
+    """The vocabulary projection (V, D) as `fp32_logits` multiplies it fastest."""
     return head.float() if head.device.type == "cpu" else head
 
 
 def fp32_logits(hidden: Tensor, head: Tensor) -> Tensor:
-    """hidden (N, D), head (V, D) -> logits (N, V) in fp32, never rounded to the dtype of either: sampled and trained log-probs
-    of one token would differ by that rounding, 0.06 for a bf16 logit of 20."""
-    if hidden.device.type == "cuda" and hidden.dtype == head.dtype != torch.float and hasattr(torch.ops.aten.mm, "dtype"):
+    """hidden (N, D), head (V, D) -> logits (N, V) in fp32, never rounded to the dtype of either.
+
+    Sampled and trained log-probs of one token would differ by that: 0.06 for a bf16 logit of 20."""
+    mixed = hidden.dtype == head.dtype != torch.float and hasattr(torch.ops.aten.mm, "dtype")
+    if mixed and hidden.device.type == "cuda":
         return torch.mm(hidden, head.t(), out_dtype=torch.float)
     return F.linear(hidden.float(), head.float())
 
 
 def memory_of(device: torch.device) -> int:
-    """All bytes of the device (not those that are free: what follows from it must not change from run to run)."""
+    """All bytes of the device. Not those that are free: what follows must not change by the run."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -483,49 +536,58 @@ def node_bytes(config: ModelConfig, like: Tensor) -> int:
     return 2 * config.layers * config.kv_heads * config.head_dim * like.element_size()
 
 
-def activation_bytes(model: "Transformer") -> int:
-    """What a token keeps, about, between the forward and the backward pass: in each layer some eight states, four times its
-    queries, keys and values, five times the MLP's; with checkpointing one state."""
-    c = model.config
-    layer = 8 * c.hidden_size + 4 * (c.heads + 2 * c.kv_heads) * c.head_dim + 5 * c.intermediate_size
-    return (c.layers * c.hidden_size + layer if model.checkpointing else c.layers * layer) * model.head.element_size()
-
-
-def fast_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
-    """bfloat16 where the device multiplies it faster and the LM is large enough (width 512) for products to be what it waits for;
-    else float32."""
-    if device.type == "cuda":
-        faster = torch.cuda.is_bf16_supported()
-    else:
-        supports = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")      # torch names them so from 2.6 on
-        faster = any(getattr(torch.cpu, name, lambda: False)() for name in supports)
-    return torch.bfloat16 if faster and config.hidden_size >= 512 else torch.float32
-
-
 def nodes_for(config: ModelConfig, like: Tensor) -> int:
-    """Nodes of shared prefixes that the sampler may keep: those of a sixteenth of the device's memory."""
+    """Nodes of shared prefixes that the sampler keeps: as many as a sixteenth of the memory holds."""
     return memory_of(like.device) // 16 // node_bytes(config, like)
 
 
 def slots_for(config: ModelConfig, like: Tensor) -> int:
-    """Sequences that decode together: 64, or fewer where an eighth of the device's memory does not hold 1,024 own tokens of each."""
+    """Sequences that decode together: 64, or fewer where an eighth of the memory does not hold 1,024
+    own tokens of each."""
     return max(1, min(64, memory_of(like.device) // 8 // (1024 * node_bytes(config, like))))
 
 
+def activation_bytes(model: Transformer) -> int:
+    """What a token keeps, about, from the forward to the backward pass.
+
+    In each layer some eight states, four times its queries, keys and values, five times the MLP's;
+    with checkpointing one state."""
+    c = model.config
+    heads = (c.heads + 2 * c.kv_heads) * c.head_dim
+    layer = 8 * c.hidden_size + 4 * heads + 5 * c.intermediate_size
+    kept = c.layers * c.hidden_size + layer if model.checkpointing else c.layers * layer
+    return kept * model.head.element_size()
+
+
+def fast_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it faster and the LM is so large (width 512) that products
+    are what it waits for; else float32."""
+    if device.type == "cuda":
+        faster = torch.cuda.is_bf16_supported()
+    else:
+        supports = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        faster = any(getattr(torch.cpu, name, lambda: False)() for name in supports)
+    return torch.bfloat16 if faster and config.hidden_size >= 512 else torch.float32
+
+
+# ------------------------------------------------------------------------------ the KV cache
 class KVCache:
     """Keys and values of prefixes, and of `slots` sequences that decode.
 
-    `pool` (2, layers, nodes, K, d) holds prefixes as nodes of a forest. A sequence attends to the long ranges of its prefix
-    where they lie, however many share them; what is short of it, and what it samples, is its own: `kv` (2, layers, slots, K,
-    size, d), of which `lengths` (slots,) tokens are there. `positions` (slots,) is the place of its next token."""
+    `pool` (2, layers, nodes, K, d) holds prefixes as nodes of a forest. A sequence attends to the
+    long ranges of its prefix where they lie, however many share them. What is short of it, and what
+    it samples, is its own: `kv` (2, layers, slots, K, size, d), of which `lengths` (slots,) tokens
+    are there. `positions` (slots,) is the place of its next token."""
     LONG = 64           # nodes in a row from which a prefix is attended to in place
 
     def __init__(self, config: ModelConfig, slots: int, device=None, dtype=None):
-        self.kv = torch.zeros(2, config.layers, slots, config.kv_heads, 0, config.head_dim, device=device, dtype=dtype)
-        self.pool = torch.zeros(2, config.layers, 0, config.kv_heads, config.head_dim, device=device, dtype=dtype)
+        K, d = config.kv_heads, config.head_dim
+        self.kv = torch.zeros(2, config.layers, slots, K, 0, d, device=device, dtype=dtype)
+        self.pool = torch.zeros(2, config.layers, 0, K, d, device=device, dtype=dtype)
         self.lengths, self.positions = torch.zeros(2, slots, device=device, dtype=torch.long)
-        self.ranges: list[list[tuple[int, int]]] = [[] for _ in range(slots)]       # of the pool, that a slot sees in place
-        self.replaced = False                               # a buffer that CUDA graphs may have recorded is gone
+        # of each slot the ranges of the pool that it sees in place
+        self.ranges: list[list[tuple[int, int]]] = [[] for _ in range(slots)]
+        self.replaced = False           # a buffer that CUDA graphs may have recorded is gone
 
     def reserve(self, nodes: int) -> None:
         """Make room for `nodes` nodes in the pool, and half as many again."""
@@ -535,15 +597,19 @@ class KVCache:
             self.replaced = True
 
     def place(self, slots: list[int], paths: list[list[int]], kept: int, room: int) -> int:
-        """Give sequences, the nodes of whose tokens are in the pool, their slots, and `room` for as many tokens more. Nodes from
-        `kept` on will not stay where they are. Returns how many own tokens one of them has at the most."""
-        own = []                                            # of each sequence the nodes that are copied
+        """Give sequences, the nodes of whose tokens are in the pool, their slots.
+
+        Nodes from `kept` on will not stay where they are; each slot gets room for `room` tokens more.
+        Returns how many own tokens one of the sequences has at the most."""
+        own = []                        # of each sequence the nodes that are copied
         for slot, path in zip(slots, paths):
-            stay = bisect_left(path, True, key=lambda node: node >= kept)       # a path leaves the kept nodes once
+            stay = bisect_left(path, True, key=lambda node: node >= kept)
             ranges = contiguous_ranges(path[:stay])
-            self.ranges[slot] = [(start, end) for start, end in ranges if end - start >= self.LONG]
-            short = [node for start, end in ranges if end - start < self.LONG for node in range(start, end)]
+            long = [(start, end) for start, end in ranges if end - start >= self.LONG]
+            short = [node for r in ranges if r not in long for node in range(*r)]
+            self.ranges[slot] = long
             own.append(short + path[stay:])
+
         lengths = [len(nodes) for nodes in own]
         missing = max(lengths) + room - self.kv.shape[4]
         if missing > 0:
@@ -552,45 +618,55 @@ class KVCache:
         tensor = lambda x: torch.tensor(x, device=self.lengths.device)
         self.lengths[slots] = tensor(lengths)
         self.positions[slots] = tensor([len(path) for path in paths])
-        copied = [(slot, at, node) for slot, nodes in zip(slots, own) for at, node in enumerate(nodes)]
+        copied = [(slot, i, node) for slot, nodes in zip(slots, own) for i, node in enumerate(nodes)]
         if copied:
-            slot, at, node = tensor(copied).unbind(1)
-            self.kv[:, :, slot, :, at] = self.pool[:, :, node].permute(2, 0, 1, 3, 4)
+            slot, i, node = tensor(copied).unbind(1)
+            self.kv[:, :, slot, :, i] = self.pool[:, :, node].permute(2, 0, 1, 3, 4)
         return max(lengths)
 
     def shared(self, n: int) -> list[tuple[slice, list[int]]]:
-        """The ranges of the pool that the first n slots see in place, cut where fewer go on: (range, its slots)."""
-        ends: dict[int, dict[int, list[int]]] = {}          # ranges that overlap begin at the same node: start -> end -> slots
+        """What the first n slots see in place: ranges of the pool, each with the slots that see it.
+
+        A range is cut where fewer go on; two that overlap begin at the same node."""
+        ends: dict[int, dict[int, list[int]]] = {}          # start -> end -> slots
         for slot, ranges in enumerate(self.ranges[:n]):
             for start, end in ranges:
                 ends.setdefault(start, {}).setdefault(end, []).append(slot)
         parts = []
         for start, slots_of in ends.items():
             for end in sorted(slots_of):
-                parts.append((slice(start, end), sorted(s for e, slots in slots_of.items() if e >= end for s in slots)))
+                below = [slot for e, slots in slots_of.items() if e >= end for slot in slots]
+                parts.append((slice(start, end), sorted(below)))
                 start = end
         return parts
 
-    def decode(self, n: int, longest: int, shared: list[tuple[slice, Tensor | None]], sees: Tensor | None = None):
+    def decode(self, n: int, longest: int, shared: list[tuple[slice, slice | Tensor | None]],
+               sees: Tensor | None = None):
         """Append one token to each of the first n slots, at most `longest` of its own afterwards.
 
-        `shared` is what `shared(n)` gives, with the slots as tensors. In shapes that recur (CUDA graphs) these are None: every
-        range is scored for all n, and sees (ranges, slots) says which of them see it.
-        attend(layer, q (1, H, n, d), k (1, K, n, d), v) -> (1, H, n, d)"""
+        `shared` is what `shared(n)` gives, the slots as indices. In shapes that recur (CUDA graphs)
+        these are None: every range is scored for all n, and sees (ranges, slots) says who sees it.
+        Returns attend(layer, q (1, H, n, d), k (1, K, n, d), v) -> (1, H, n, d)."""
         row, end = torch.arange(n, device=self.lengths.device), self.lengths[:n]
-        unseen = torch.arange(longest, device=end.device) > end[:, None]                                # (n, longest)
-        mask = torch.zeros(unseen.shape, device=end.device).masked_fill_(unseen, -math.inf)[:, None, None]
-        def attend(layer, q, k, v):
+        unseen = torch.arange(longest, device=end.device) > end[:, None]                # (n, longest)
+        mask = torch.zeros(unseen.shape, device=end.device).masked_fill_(unseen, -math.inf)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self.kv[0, layer, row, :, end] = k[0].transpose(0, 1)
             self.kv[1, layer, row, :, end] = v[0].transpose(0, 1)
-            own_keys, own_values = self.kv[:, layer, :n, :, :longest]                                   # (n, K, longest, d) each
-            out, lse = flash(q[0].transpose(0, 1)[:, :, None], own_keys, own_values, mask=mask)         # (n, H, 1, d)
+
+            # each row's own keys
+            keys, values = self.kv[:, layer, :n, :, :longest]                   # (n, K, longest, d)
+            out, lse = flash(q.transpose(0, 2), keys, values, mask=mask[:, None, None])
             if not shared:
                 return out.transpose(0, 2)
-            out, lse = out[:, :, 0].transpose(0, 1).float(), lse[:, :, 0].transpose(0, 1).contiguous()  # (H, n, d), (H, n)
+            out = out[:, :, 0].transpose(0, 1).float()                          # (H, n, d)
+            lse = lse[:, :, 0].transpose(0, 1).contiguous()                     # (H, n)
+
+            # what they share, where it lies
             for i, (nodes, slots) in enumerate(shared):
                 at = slice(None) if slots is None else slots
-                keys, values = self.pool[:, layer, nodes].transpose(1, 2)[:, None]                      # (1, K, range, d) each
+                keys, values = self.pool[:, layer, nodes].transpose(1, 2)[:, None]      # (1, K, L, d)
                 part_out, part_lse = flash(q[:, :, at], keys, values)
                 if slots is None:
                     part_lse = part_lse.masked_fill(~sees[i, :n], -math.inf)
@@ -611,9 +687,12 @@ class KVCache:
 
 def contiguous_ranges(path: list[int]) -> list[tuple[int, int]]:
     """[4, 5, 6, 9] -> [(4, 7), (9, 10)]"""
-    path = np.asarray(path, np.int64)
-    cuts = np.flatnonzero(np.diff(path) != 1) + 1
-    firsts, lasts = path[np.append(0, cuts)[:len(path)]], path[np.append(cuts, len(path))[:len(path)] - 1]
+    if not path:
+        return []
+    nodes = np.asarray(path)
+    cuts = np.flatnonzero(np.diff(nodes) != 1) + 1
+    firsts = nodes[np.append(0, cuts)]
+    lasts = nodes[np.append(cuts, len(nodes)) - 1]
     return [(first, last + 1) for first, last in zip(firsts.tolist(), lasts.tolist())]
 
 

@@ -437,8 +437,10 @@ def test_a_step_of_a_run_with_lora_is_replayed_with_its_adapters(tmp_path, capsy
         assert cli.main(["replay", str(tmp_path / "run"), str(step)]) == 0 and "token for token" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("fault", ["position", "temperature", "stale", "nan"])
-def test_a_fault_in_sampler_or_trainer_trips_the_parity_gate(model, tokenizer, monkeypatch, noisy, fault):
+def test_a_fault_in_sampler_or_trainer_trips_the_parity_gate(model, tokenizer, monkeypatch, noisy, fault, dtype):
+    model = model.to(dtype)
     place = M.KVCache.place
     if fault == "position":
         def shifted(self, slots, *args):
