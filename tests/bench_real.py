@@ -9,7 +9,9 @@ The figures stand beside those of bench.py in results/bench.json, with the same 
 The step: 4 queries x 8 rollouts of banking77's program with 4 labelled demonstrations, 48 tokens sampled at the most, all weights.
 The learning rate is 3e-5; every other option is the project's default, dtype and micro-batches included. It is the same step every time, but for what an
 update changes. Rewards of readable runs are random: a lucky step, in which all runs of an example earn the same and need no
-update, would be no measure of one. Each side runs in a process of its own. TRL holds almost all of the machine's memory and takes
+update, would be no measure of one.
+
+Each side runs in a process of its own. TRL holds almost all of the machine's memory and takes
 ten minutes or more a step: it runs alone, after ours, once, and with 24 tokens.
 """
 from __future__ import annotations

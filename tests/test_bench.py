@@ -28,7 +28,7 @@ TINY = bench_real.Place(str(bench.TINY), "")                # and the miniature 
 
 @pytest.fixture
 def canned(monkeypatch):
-    """Rounds that answer without a process, a million seconds for TRL; the scripts' cases that were asked for."""
+    """Rounds that answer without a process; gives the cases that were asked for."""
     asked = []
 
     def answer(times: int, cases: dict[str, str], script: str) -> dict[str, list[dict]]:
@@ -72,7 +72,8 @@ def test_decoding_and_the_machines_peak_are_measured():
 def test_the_figures_of_the_real_lm_have_the_fields_of_the_others_and_run_trl_once(canned):
     figures = {name: figure(TINY) for name, figure in bench_real.FIGURES.items()}
     assert all({"ours", "peer", "ratio", "what"} <= f.keys() for f in figures.values())
-    ratios = {"real_step": 10, "real_distinct": 1.1, "real_step_hover": 1.1, "real_memory": 1, "real_decode": 1, "real_update_efficiency": 0.5}
+    ratios = {"real_step": 10, "real_distinct": 1.1, "real_step_hover": 1.1, "real_memory": 1, "real_decode": 1,
+              "real_update_efficiency": 0.5}
     assert {name: f["ratio"] for name, f in figures.items()} == pytest.approx(ratios)
     assert sum("trl_step" in case for case in canned) == 1
     assert len(bench_real.table(figures).splitlines()) == 2 + len(figures)
