@@ -39,8 +39,9 @@ test-peers: .venv-peers/ready
 	.venv-peers/bin/python -m pytest --override-ini addopts=-q tests/peers $(ARGS)
 
 # Time and memory beside TRL and transformers, into results/bench.json (about 15 minutes; FIGURES="decode …" for some of them).
+# REAL=1: the same of SmolLM2-135M (`make smollm2`) on Banking77 and HotpotQA, which are in DATA (data/).
 bench: .venv-peers/ready
-	.venv-peers/bin/python tests/bench.py $(FIGURES)
+	.venv-peers/bin/python $(if $(REAL),tests/bench_real.py $(call option,DATA,data) $(call option,MODEL,model),tests/bench.py) $(FIGURES)
 
 # Break the line that guards each law, one at a time; every one must turn a test red (about 10 minutes).
 mutants: .venv/ready

@@ -1,6 +1,7 @@
 """How fast, against the libraries a user would otherwise pick: the same model, prompts and work in the same run, alternating.
 
     python tests/bench.py [FIGURE …]        # `make bench`; prints a table and writes results/bench.json
+    (a second table, of a real LM at real work, is made by bench_real.py: `make bench REAL=1 DATA=…`)
 
 The LM is the one in tasks/tiny (1.1M parameters, Qwen3, width 128, 4 layers, vocabulary 2,048), in fp32. Unless said otherwise: 4
 prompts of 175 to 182 tokens with one instruction, 8 rollouts each, 64 tokens sampled, end tokens ignored. Every figure is a median.
@@ -83,36 +84,45 @@ def seconds(run) -> float:
 
 
 def race(times: int, **cases: str) -> dict[str, tuple[float, float]]:
-    """Each case, an expression that gives a function, in a process of its own; they run by turns, `times` times after a first
-    round that does not count -> median seconds of each, and the GB that its process held at the peak. However it ends, no
-    process is left, nor a temporary file of theirs."""
+    """Each case by turns, `times` times after a first round that does not count -> median seconds of each, and the GB that its
+    process held at the peak."""
+    found = rounds(times + 1, cases)
+    return {name: (statistics.median(a["seconds"] for a in answers[1:]), answers[-1]["peak"]) for name, answers in found.items()}
+
+
+def rounds(times: int, cases: dict[str, str], script: str = __file__) -> dict[str, list[dict]]:
+    """Each case, an expression of `script` that gives a function, in a process of its own; they run by turns, `times` times ->
+    what each answered (see `work`) every time. However it ends, no process is left, nor a temporary file of theirs."""
     workers: dict[str, subprocess.Popen] = {}
-    def ask(worker) -> tuple[float, float]:
+    def ask(worker) -> dict:
         try:
             print("go", file=worker.stdin, flush=True)
-            taken, peak = worker.stdout.readline().split()
-            return float(taken), float(peak)
+            return json.loads(worker.stdout.readline())
         except (OSError, ValueError):
             raise RuntimeError(f"{worker.args[-1]} ended") from None
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as ends:
         for name, case in cases.items():
-            w = workers[name] = subprocess.Popen([sys.executable, __file__, f"--worker={case}"], stdin=subprocess.PIPE,
+            w = workers[name] = subprocess.Popen([sys.executable, script, f"--worker={case}"], stdin=subprocess.PIPE,
                                                  stdout=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": folder})
             ends.callback(w.communicate)                    # the last first: killed, then waited for
             ends.callback(w.kill)
-        rounds = [[ask(w) for w in workers.values()] for _ in range(times + 1)][1:]
-        return {name: (statistics.median(r[i][0] for r in rounds), rounds[-1][i][1]) for i, name in enumerate(workers)}
+        answers = [[ask(w) for w in workers.values()] for _ in range(times)]
+        return {name: list(of_one) for name, of_one in zip(workers, zip(*answers))}
 
 
-def work(case: str) -> None:
-    """A worker of `race`: whenever it is asked, run once; answer with the seconds, and the GB held at the peak so far."""
+def work(case: str, names: dict) -> None:
+    """A worker of `rounds`: whenever it is asked, run once; answer with the `seconds`, the GB held at the `peak` so far, and
+    what the function `said`, if that is a dict. `names` are those of the script."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)                                           # what libraries print is no answer
-    run = eval(case)                                        # the expression comes from this file alone
+    run = eval(case, names)                                 # the expression comes from the script alone
     for _ in sys.stdin:
-        taken = seconds(run)
+        began = time.perf_counter()
+        said = run()
+        taken = time.perf_counter() - began
         peak = next(int(line.split()[1]) * 1024 / 1e9 for line in open("/proc/self/status") if line.startswith("VmHWM"))
-        print(taken, peak, file=answers, flush=True)
+        answer = {"seconds": taken, "peak": peak} | ({"said": said} if isinstance(said, dict) else {})
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 def alternate(*runs, times: int) -> list[float]:
@@ -144,24 +154,40 @@ def trl_trainer(model, tokenizer, prompts, reward, folder, steps, lr=1e-4, lengt
                        callbacks=list(callbacks))
 
 
-def their_step():
+def step_by_step(trainer):
     """A function that makes one step of TRL's trainer, which runs in a thread of its own that waits between steps."""
     import threading
-    from transformers import AutoTokenizer, TrainerCallback
-    go, done = threading.Semaphore(0), threading.Semaphore(0)
+    from transformers import TrainerCallback
+    go, done, failed = threading.Semaphore(0), threading.Semaphore(0), []
     class Wait(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
             done.release()
             go.acquire()
-    prompts = [{"prompt": ASK.messages({"text": t})} for t in TEXTS]
-    trainer = trl_trainer(theirs(), AutoTokenizer.from_pretrained(TINY), prompts, lambda completions, **_: [random.random() for _ in completions],
-                          tempfile.mkdtemp(), 10**6, generation_kwargs={"min_new_tokens": LENGTH}, callbacks=[Wait()])
-    threading.Thread(target=trainer.train, daemon=True).start()
-    done.acquire()
+    def train():
+        try:
+            trainer.train()
+        except BaseException as e:
+            failed.append(e)
+        done.release()                                      # who waits for a step is not left waiting
+    def reach():
+        done.acquire()
+        if failed:
+            raise failed[0]
+    trainer.add_callback(Wait())
+    threading.Thread(target=train, daemon=True).start()
+    reach()
     def step():
         go.release()
-        done.acquire()
+        reach()
     return step
+
+
+def their_step():
+    from transformers import AutoTokenizer
+    prompts = [{"prompt": ASK.messages({"text": t})} for t in TEXTS]
+    trainer = trl_trainer(theirs(), AutoTokenizer.from_pretrained(TINY), prompts, lambda completions, **_: [random.random() for _ in completions],
+                          tempfile.mkdtemp(), 10**6, generation_kwargs={"min_new_tokens": LENGTH})
+    return step_by_step(trainer)
 
 
 def grpo_step() -> dict:
@@ -194,8 +220,9 @@ def sample(model, tokenizer, prompts: list[list[int]], lengths: list[int], slots
         left -= len(sampler.advance())
 
 
-def generate(model, prompts: list[list[int]], lengths: list[int]) -> None:
-    """The same with transformers: left-padded batches of 32 in the order of the requests, each row done at its own length."""
+def generate(model, prompts: list[list[int]], lengths: list[int], ticks: list[float] | None = None) -> None:
+    """The same with transformers: left-padded batches of 32 in the order of the requests, each row done at its own length.
+    `ticks` gets the time at which each token of a batch was there."""
     from transformers import StoppingCriteria, StoppingCriteriaList
     for i in range(0, len(prompts), PROMPTS * ROLLOUTS):
         batch, wanted = prompts[i:i + PROMPTS * ROLLOUTS], torch.tensor(lengths[i:i + PROMPTS * ROLLOUTS])
@@ -203,6 +230,8 @@ def generate(model, prompts: list[list[int]], lengths: list[int]) -> None:
         ids = torch.tensor([[0] * (width - len(p)) + p for p in batch])
         class Done(StoppingCriteria):
             def __call__(self, input_ids, scores, **_):
+                if ticks is not None:
+                    ticks.append(time.perf_counter())
                 return input_ids.shape[1] - width >= wanted
         with torch.no_grad():
             model.generate(ids, attention_mask=(torch.arange(width) >= torch.tensor([[width - len(p)] for p in batch])).long(),
@@ -469,26 +498,35 @@ def table(figures: dict) -> str:
 
 def main(names: list[str]) -> None:
     if names and names[0].startswith("--worker="):
-        return work(names[0].split("=", 1)[1])
+        return work(names[0].split("=", 1)[1], globals())
     if names == ["--table"]:
         return print(table(json.loads(OUT.read_text())["figures"]))
-    if odd := set(names) - {f.__name__ for f in FIGURES}:
-        sys.exit(f"error: {min(odd)}: none of {', '.join(f.__name__ for f in FIGURES)}")
+    known = {f.__name__: f for f in FIGURES}
+    measure({name: known[name] for name in chosen(names, known)})
+
+
+def chosen(names: list[str], known) -> list[str]:
+    """The figures to measure, in the order of `known`: those named, or all. Leaves the program where one is unknown."""
+    if odd := set(names) - set(known):
+        sys.exit(f"error: {min(odd)}: none of {', '.join(known)}")
+    return [name for name in known if not names or name in names]
+
+
+def measure(figures: dict) -> None:
+    """Take each figure (name -> function), print it and put it among those of results/bench.json, of which the others stay."""
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor()) \
         if Path("/proc/cpuinfo").exists() else platform.processor()
     machine = f"{torch.get_num_threads()} cores, {cpu}" + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "")
     versions = {n: importlib.metadata.version(n) for n in ("torch", "transformers", "trl")}
-    stored = json.loads(OUT.read_text())["figures"] if names and OUT.exists() else {}
-    for figure in FIGURES:
-        if names and figure.__name__ not in names:
-            continue
+    stored = json.loads(OUT.read_text())["figures"] if OUT.exists() else {}
+    for name, figure in figures.items():
         try:
-            stored[figure.__name__] = figure() | {"date": str(date.today())}
+            stored[name] = figure() | {"date": str(date.today())}
         except Exception as e:                              # a peer that cannot do this here; said, and the others go on
-            stored[figure.__name__] = {"ours": None, "peer": None, "ratio": None, "failed": f"{type(e).__name__}: {str(e)[:200]}"}
-        f = stored[figure.__name__]
+            stored[name] = {"ours": None, "peer": None, "ratio": None, "failed": f"{type(e).__name__}: {str(e)[:200]}"}
+        f = stored[name]
         number = lambda x: f"{x:10.4g}" if isinstance(x, (int, float)) else f"{'':10}"
-        print(f"{figure.__name__:30} ours {number(f['ours'])}  peer {number(f['peer'])}  ratio {number(f['ratio'])}   "
+        print(f"{name:30} ours {number(f['ours'])}  peer {number(f['peer'])}  ratio {number(f['ratio'])}   "
               f"{f.get('failed') or f['what']}", flush=True)
         OUT.parent.mkdir(exist_ok=True)
         OUT.write_text(json.dumps({"machine": machine, "versions": versions, "figures": stored}, indent=1) + "\n")

@@ -244,6 +244,9 @@ MUTANTS = [
     ("a kept index is of its stop words", "tasks/hover.py", "repr((bm25s.__version__, STOPWORDS))", "repr(bm25s.__version__)", "tasks"),
     ("a kept index is of its bm25s", "tasks/hover.py", "repr((bm25s.__version__, STOPWORDS))", "repr(STOPWORDS)", "tasks"),
     ("a benchmark leaves no process", "tests/bench.py", "            ends.callback(w.communicate)  ", "            ends  ", "bench"),
+    ("necessary flops see a node itself", "tests/bench_real.py", "sum(depth + 1 for depth in positions)", "sum(positions)", "bench"),
+    ("ours is kept without the peer", "tests/bench_real.py", "    except RuntimeError as e:", "    except KeyError as e:", "bench"),
+    ("a measurement leaves other figures", "tests/bench.py", '["figures"] if OUT.exists() else {}', '["figures"] if 0 else {}', "bench"),
     ("a benchmark leaves no file", "tests/bench.py", 'env=os.environ | {"TMPDIR": folder})', 'env={**os.environ})', "bench"),
     ("a run is never written over", "cli.py", '    if done >= config.steps and (out / "result.json").exists():', "    if False:", "train"),
 ]
