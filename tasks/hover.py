@@ -105,7 +105,7 @@ class Search:
         return [(self.titles[i], self.articles[self.titles[i]]) for i, s in zip(places[0], scores[0]) if s > 0]
 
 
-def first_sentence(text: str, least: int = 40, words: int = 25) -> str:
+def first_sentence(text: str, words: int, least: int = 40) -> str:
     """The text up to the first full stop after `least` characters, so that one after an initial does not end it; at most so many
     words."""
     end = re.search(r"[.!?](?=\s|$)", text[least:])
@@ -115,16 +115,18 @@ def first_sentence(text: str, least: int = 40, words: int = 25) -> str:
 
 def demonstrate(articles: dict[str, str], example: dict) -> dict[str, list[dict]]:
     """What a claim and its articles {title: text} show of a run that finds these one after another, those first whose titles stand in
-    the claim. A note is an article's first sentence. The data have no reasoning: these are made from the titles, and show the format."""
+    the claim. A note is the beginning of an article's first sentence: an LM that copies whole ones runs into its token limit. The data
+    have no reasoning: these are made from the titles, and show the format."""
     claim = example["claim"]
     titles = sorted(example["titles"], key=lambda title: title not in claim)        # stable: the others stay in their order
-    facts = [first_sentence(articles[t]) for t in titles]
+    passages = [first_sentence(articles[t], words=25) for t in titles]
+    facts = [first_sentence(articles[t], words=15) for t in titles]
     queries, notes = [], []
     for i, title in enumerate(titles):
         known = {"claim": claim, "key_facts": facts[:i]}
         if i > 0:
             queries.append(known | {"reasoning": f"I still need the article about {title}.", "query": title})
-        notes.append(known | {"search_results": [f"{title} | {facts[i]}"], "reasoning": f"The result about {title} helps.",
+        notes.append(known | {"search_results": [f"{title} | {passages[i]}"], "reasoning": f"The result about {title} helps.",
                               "new_key_fact": facts[i]})
     return {"generate_query": queries, "append_notes": notes}
 
