@@ -403,7 +403,7 @@ def test_a_damaged_state_is_told_and_the_one_before_is_used(tmp_path, tokenizer,
 def test_a_run_of_other_options_or_of_another_model_is_refused_and_left_alone(tmp_path, tokenizer, noisy):
     trained(tokenizer, tmp_path / "run", options_of(tmp_path), stop_after=1)
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
-    with pytest.raises(InputError, match="was begun with --lr 0.0005, not 0.1"):
+    with pytest.raises(InputError, match="was begun with --lr 0.0, not 0.1"):
         trained(tokenizer, tmp_path / "run", options_of(tmp_path, lr=0.1))
     with pytest.raises(InputError, match="none of its states can be used"):
         G.train(TASK_OF_FACTS, make_model(vocab_size=tokenizer.size, hidden_size=16), tokenizer, options_of(tmp_path), tmp_path / "run")
