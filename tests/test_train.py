@@ -639,7 +639,7 @@ def test_a_failing_metric_stops_the_run_which_goes_on_once_it_is_mended(run, tmp
     def train(out, *flags):
         (tmp_path / "judged.py").write_text(textwrap.dedent(JUDGED).format(error=error))
         code = cli.main(["train", "--task", str(tmp_path / "judged.py"), "--model", str(tmp_path / "model"), "--examples", "2", "--rollouts", "2",
-                         "--steps", "3", "--out", str(tmp_path / out), *flags])
+                         "--steps", "3", "--labelled-demos", "0", "--out", str(tmp_path / out), *flags])
         return code, run.capture().err, [p.name for p in sorted((tmp_path / out).glob("state-*"))]
     run("eval")
     (tmp_path / "broken").touch()
