@@ -169,7 +169,7 @@ def sentence(probes: list[dict], best: dict) -> str:
         said += f" ({', '.join(others)})"
     elif best["readable"] < READABLE:
         said += "; they show no demonstrations that could be tried (Task.demonstrate)"
-    return said + "; --warm-start N would first train on readable calls alone" * (best["readable"] < READABLE)
+    return said
 
 
 def begin(task: Task, model, tokenizer, config: Config, out: Path) -> bool:
