@@ -46,7 +46,7 @@ class Config:
     lora_alpha: float = 64.0        # LoRA is scaled by this over the rank
     lora_dropout: float = 0.0       # on the input of LoRA, in the update
     lora_targets: str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"       # layers that get LoRA
-    warm_start: int = -1            # first steps that only train on calls that could be read (-1: 12 where less than half of the first dev runs are readable)
+    warm_start: int = -1            # first steps that, while few runs can be read, only train on calls that were (-1: 12 where less than half of the first dev runs are readable)
     # loss
     normalize: str = "sequence"     # mean over each call's tokens; token: over the step's; constant: sum / (voting runs x max_tokens)
     clip_low: float = 0.2           # the ratio is clipped to 1 - clip_low …

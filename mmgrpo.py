@@ -438,6 +438,16 @@ def readable(groups: list[Group], trajectories: list[Trajectory]) -> list[list[f
     return [[float(was_read(m)) for m in g.members] for g in groups]
 
 
+def readable_share(trajectories: list[Trajectory]) -> float:
+    """Share of the LM calls whose outputs could be read."""
+    calls = [call for t in trajectories for call in t.calls]
+    return sum(call.outputs is not None for call in calls) / max(len(calls), 1)
+
+
+READABLE = 0.5          # share of the runs that can be read from which on an LM needs no help with the format
+WARM_ENOUGH = 0.25      # share of a step's calls that can be read from which on a warm start is over
+
+
 # ---------------------------------------------------------------------------------------------- loss (Eq. 7, Eq. 9)
 @dataclass(frozen=True)
 class Row:
@@ -794,15 +804,14 @@ def train_step(model, tokenizer, optimizer, reference, task: Task, config: Confi
     torch.manual_seed((config.seed * 1_000_003 + step) % 2**63)         # for LoRA's dropout; all else has seeds of its own
     groups = group_calls(trajectories, config.short_groups, config.group_size, config.level, (config.seed, step))
     values = advantages(groups, trajectories, config.baseline, config.leave_one_out, config.scale_rewards)
-    warm_start = {}
-    if step < config.warm_start and any(map(any, shown := readable(groups, trajectories))):     # else rewards say more
-        values, warm_start = shown, {"warm_start": True}
+    if warm := step < config.warm_start and 0 < readable_share(trajectories) < WARM_ENOUGH:
+        values = readable(groups, trajectories)
     rows = weigh(groups, values, trajectories, config.normalize, config.max_tokens)
     entropy = sampled_entropy(rows)
     alpha = entropy_coefficient(entropy, config.entropy_target, config.entropy_coef)
-    # the gradient of the others is exactly 0 (AdamW's momentum goes on)
+    # the gradient of the others is exactly 0
     rows = [r for r in rows if r.advantage or config.beta or alpha]
-    metrics = {"step": step + 1, **warm_start, **measure(trajectories, groups, values)}
+    metrics = {"step": step + 1, **({"warm_start": True} if warm else {}), **measure(trajectories, groups, values)}
     if config.entropy_target:
         metrics |= {"entropy_sampled": entropy, "entropy_alpha": alpha}
     if not metrics["calls"]["trained"]:
@@ -818,7 +827,8 @@ def train_step(model, tokenizer, optimizer, reference, task: Task, config: Confi
         if not math.isfinite(metrics["grad_norm"]):
             metrics["skipped"] = True
             break
-        optimizer.step()
+        if rows:                                            # else momentum alone would go on where the last steps led
+            optimizer.step()
         optimizer.zero_grad()                               # a gradient is as large as the weights: free it
         with torch.no_grad():
             torch._foreach_copy_(trainable(model), parameters["params"])
@@ -837,7 +847,7 @@ def settled(config: Config, first: dict) -> Config:
     if config.warm_start >= 0:
         return config
     unread = first["statuses"]["format_error"] + first["statuses"]["length"]
-    few = unread > 0.5 * first["rollouts"]
+    few = unread > (1 - READABLE) * first["rollouts"]
     return dataclasses.replace(config, warm_start=WARM_STEPS if few else 0)
 
 
@@ -898,7 +908,8 @@ def train(task: Task, model: Transformer, tokenizer: Tokenizer, config: Config, 
         check(0)
     config = settled(config, read_metrics(out)[1][0]["dev"]["sampled"])
     if config.warm_start > start:
-        bar.write(f"warm start: the first {config.warm_start} steps train on calls that could be read, whatever they earned")
+        bar.write(f"warm start: of the first {config.warm_start} steps those less than a quarter of whose calls can be read train on "
+                  "the calls that could be, whatever they earned")
     for step in bar:
         try:
             metrics = train_step(model, tokenizer, optimizer, reference, task, config, step, show_one)

@@ -16,12 +16,11 @@ from pathlib import Path
 
 from checkpoint import same_options
 from config import Config
-from mmgrpo import evaluate
+from mmgrpo import READABLE, evaluate
 from program import InputError, Module, Program, Task
 from prompt_files import kept_options, write_json
 from tokenizer import read_json
 
-READABLE = 0.5              # share of readable runs from which on the program as given is the start
 PROBE = 16                  # training examples that each candidate is run on once
 CANDIDATES = 2, 4, 8        # demonstrations per module
 ROOM = 0.5                  # share of the LM's context that prompts may take, apart from their inputs

@@ -35,8 +35,8 @@ def test_files_options_and_names_of_the_readme_exist():
     fields = {"--help"} | {f"--{f.replace('_', '-')}" for f in cli.Config.__dataclass_fields__}
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)):
         assert flag in fields, flag
-    targets = re.findall(r"^([a-z -]+):", (ROOT / "Makefile").read_text(), re.M)
-    for target in set(re.findall(r"(?:`|^)make ([a-z-]+)", README, re.M)):
+    targets = re.findall(r"^([a-z0-9 -]+):", (ROOT / "Makefile").read_text(), re.M)
+    for target in set(re.findall(r"(?:`|^)make ([a-z0-9-]+)", README, re.M)):
         assert any(target in t.split() for t in targets), target
 
 
