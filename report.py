@@ -41,8 +41,12 @@ def counted(counts: dict[str, int]) -> str:
 
 
 def shorten(value, longest: int = 0) -> str:
-    """A value in one line: text as it is, else as JSON; cut to `longest` characters (0: whole)."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    """A value in one line: text as it is, else as JSON, or as Python writes it where JSON cannot; cut to
+    `longest` characters (0: whole)."""
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    except (TypeError, ValueError, RecursionError):         # keys that are no text, or a list in itself
+        text = repr(value)
     text = " ".join(text.split())
     return text[:longest] + "…" if 0 < longest < len(text) else text
 
