@@ -445,7 +445,8 @@ def readable_share(trajectories: list[Trajectory]) -> float:
     return sum(call.outputs is not None for call in calls) / max(len(calls), 1)
 
 
-READABLE = 0.5          # share of what can be read from which on an LM needs no warm start
+READABLE = 0.5          # share of the runs that can be read from which on an LM needs no help with the format
+WARM_ENOUGH = 0.25      # share of a step's calls that can be read from which on a warm start is over
 
 
 # ---------------------------------------------------------------------------------------------- loss (Eq. 7, Eq. 9)
@@ -804,12 +805,12 @@ def train_step(model, tokenizer, optimizer, reference, task: Task, config: Confi
     torch.manual_seed((config.seed * 1_000_003 + step) % 2**63)         # for LoRA's dropout; all else has seeds of its own
     groups = group_calls(trajectories, config.short_groups, config.group_size, config.level, (config.seed, step))
     values = advantages(groups, trajectories, config.baseline, config.leave_one_out, config.scale_rewards)
-    if warm := step < config.warm_start and 0 < readable_share(trajectories) < READABLE:
+    if warm := step < config.warm_start and 0 < readable_share(trajectories) < WARM_ENOUGH:
         values = readable(groups, trajectories)
     rows = weigh(groups, values, trajectories, config.normalize, config.max_tokens)
     entropy = sampled_entropy(rows)
     alpha = entropy_coefficient(entropy, config.entropy_target, config.entropy_coef)
-    # the gradient of the others is exactly 0 (AdamW's momentum goes on)
+    # the gradient of the others is exactly 0
     rows = [r for r in rows if r.advantage or config.beta or alpha]
     metrics = {"step": step + 1, **({"warm_start": True} if warm else {}), **measure(trajectories, groups, values)}
     if config.entropy_target:
@@ -827,7 +828,8 @@ def train_step(model, tokenizer, optimizer, reference, task: Task, config: Confi
         if not math.isfinite(metrics["grad_norm"]):
             metrics["skipped"] = True
             break
-        optimizer.step()
+        if rows:                                            # else momentum alone would go on where the last steps led
+            optimizer.step()
         optimizer.zero_grad()                               # a gradient is as large as the weights: free it
         with torch.no_grad():
             torch._foreach_copy_(trainable(model), parameters["params"])
@@ -907,7 +909,7 @@ def train(task: Task, model: Transformer, tokenizer: Tokenizer, config: Config, 
         check(0)
     config = settled(config, first_evaluation(out))
     if config.warm_start > start:
-        bar.write(f"warm start: of the first {config.warm_start} steps those less than half of whose calls can be read train on "
+        bar.write(f"warm start: of the first {config.warm_start} steps those less than a quarter of whose calls can be read train on "
                   "the calls that could be, whatever they earned")
     for step in bar:
         try:

@@ -31,6 +31,7 @@ MUTANTS = [
     ("the KL is k3", "mmgrpo.py", "beta * (log_r.exp() - log_r - 1)", "beta * log_r.square() / 2", "loss"),
     ("the head's gradient is summed in fp32", "mmgrpo.py", "d_weight.addmm_(d_logits.t(), hidden[rows].float())", "d_weight.copy_((d_weight.to(weight.dtype) + d_logits.to(weight.dtype).t() @ hidden[rows]).float())", "loss"),
     ("nothing of tokens x vocabulary is held", "mmgrpo.py", "for i in range(0, len(hidden), 256):", "for i in range(0, len(hidden), 10**9):", "loss"),
+    ("a step that teaches nothing moves nothing", "mmgrpo.py", "        if rows:  ", "        if True:  ", "train"),
     ("the step is made on fp32 masters", "mmgrpo.py", 'parameters["params"])\n    for module', 'list(model.parameters()))\n    for module', "train"),
     ("inner epochs compare with the log-probs sampled", "mmgrpo.py", "ratio = torch.exp(logprobs - old_logprobs)", "ratio = torch.exp(logprobs - logprobs.detach())", "loss train"),
     ("a correction is a factor of the gain", "mmgrpo.py", "gain = factors * gain", "pass", "loss"),
@@ -238,7 +239,7 @@ MUTANTS = [
     ("a run is replayed under its start", "cli.py", '        task = without_shown(task)\n', "", "start"),
     ("weights are scored under the demonstrations that were asked for", "cli.py", "    demonstrate(task, config)\n    model, tokenizer = load_model(config)\n    examples, lines", "    model, tokenizer = load_model(config)\n    examples, lines", "start"),
     ("a warm start trains on what was read alone", "mmgrpo.py", ".outputs is not None for c in m.calls)", ".completion is not None for c in m.calls)", "start"),
-    ("a warm start has an end", "mmgrpo.py", "if warm := step < config.warm_start and 0 <", "if warm := config.warm_start and 0 <", "start"),
+    ("a warm start has an end", "mmgrpo.py", "warm := step < config.warm_start and", "warm := config.warm_start and", "start"),
     ("a trained program is scored under its own start", "reproduce.py", 'found[arm] = {"model": folder / "best"} | began ', 'found[arm] = {"model": folder / "best"} ', "reproduce"),
     # tasks
     ("no name of the tasks is in the pretraining text", "tasks/pretrain.py", 'names = Names(rng, "pretrain")', 'names = Names(rng, "task")', "tasks"),

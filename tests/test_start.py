@@ -468,7 +468,7 @@ def test_a_warm_start_gives_readable_calls_of_voting_runs_one_and_all_others_not
 
 
 @pytest.fixture
-def third_readable(monkeypatch):
+def some_readable(monkeypatch):
     """Runs of which some calls could be read, by chance of the tokens sampled."""
     original, seen = G.run_programs, []
 
@@ -477,11 +477,12 @@ def third_readable(monkeypatch):
             seen.append(read(t, *(i for i, c in enumerate(t.calls) if sum(c.completion.token_ids) % 3 == 0)))
         return list(seen)
     monkeypatch.setattr(G, "run_programs", run)
+    monkeypatch.setattr(G, "WARM_ENOUGH", 0.9)
     return seen
 
 
 @pytest.mark.parametrize("normalize", ["sequence", "token"])
-def test_the_gradient_of_a_warm_start_is_that_of_the_cross_entropy_of_the_readable_calls(tokenizer, third_readable, normalize, monkeypatch):
+def test_the_gradient_of_a_warm_start_is_that_of_the_cross_entropy_of_the_readable_calls(tokenizer, some_readable, normalize, monkeypatch):
     seen, original = [], G.step_gradient
 
     def watched(*args, **options):
@@ -492,7 +493,7 @@ def test_the_gradient_of_a_warm_start_is_that_of_the_cross_entropy_of_the_readab
     model, start = wide_model(tokenizer), wide_model(tokenizer)
     config = dataclasses.replace(CONFIG, warm_start=1, temperature=0.7, normalize=normalize)
     metrics = G.train_step(model, tokenizer, G.prepare(model, config)[0], None, loose(), config, 0)
-    calls = [c for t in third_readable for c in t.calls]
+    calls = [c for t in some_readable for c in t.calls]
     good = [c for c in calls if c.outputs is not None]
     assert metrics["warm_start"] is True and 0 < metrics["calls"]["trained"] == len(good) < len(calls) == 18
 
@@ -507,10 +508,10 @@ def test_the_gradient_of_a_warm_start_is_that_of_the_cross_entropy_of_the_readab
     assert all(torch.allclose(mine, plain.grad, rtol=1e-3, atol=1e-6) for mine, plain in zip(seen, start.parameters(), strict=True))
 
 
-def test_after_the_warm_start_a_step_is_one_like_any_other(tokenizer, third_readable):
+def test_after_the_warm_start_a_step_is_one_like_any_other(tokenizer, some_readable):
     made, task = {}, dataclasses.replace(loose(), metric=lambda e, p: random.Random(e["x"]).random())
     for n in (0, 1, 2):
-        third_readable.clear()
+        some_readable.clear()
         model = wide_model(tokenizer)
         config = dataclasses.replace(CONFIG, warm_start=n)
         metrics = G.train_step(model, tokenizer, G.prepare(model, config)[0], None, task, config, 1)
@@ -519,12 +520,12 @@ def test_after_the_warm_start_a_step_is_one_like_any_other(tokenizer, third_read
     assert made[2][0] and made[2][1] != made[0][1] and made[2][2] == made[0][2]         # the same rollouts, another update
 
 
-def test_a_step_most_of_which_can_be_read_needs_no_warm_start(tokenizer, third_readable, monkeypatch):
-    monkeypatch.setattr(G, "READABLE", 0.1)
+def test_a_step_most_of_which_can_be_read_needs_no_warm_start(tokenizer, some_readable, monkeypatch):
+    monkeypatch.setattr(G, "WARM_ENOUGH", 0.01)
     model, config = wide_model(tokenizer), dataclasses.replace(CONFIG, warm_start=1)
     metrics = G.train_step(model, tokenizer, G.prepare(model, config)[0], None, loose(), config, 0)
     assert "warm_start" not in metrics and metrics["calls"]["trained"] != sum(
-        c.outputs is not None for t in third_readable for c in t.calls)
+        c.outputs is not None for t in some_readable for c in t.calls)
 
 
 def test_a_step_of_the_warm_start_without_a_readable_call_follows_the_rewards(tokenizer):

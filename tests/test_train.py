@@ -504,6 +504,17 @@ def test_a_gradient_that_is_not_finite_moves_nothing_and_is_told(model, tokenize
     assert m["skipped"] is True and all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
 
 
+def test_a_step_that_teaches_nothing_moves_nothing(model, tokenizer, noisy, monkeypatch):
+    """The optimizer's momentum does not go on alone where no call has an advantage."""
+    optimizer, _ = G.prepare(model, CONFIG)
+    G.train_step(model, tokenizer, optimizer, None, TASK, CONFIG, 0)
+    before = [p.clone() for p in model.parameters()]
+    monkeypatch.setattr(G, "advantages", lambda groups, *rest: [[0.0] * len(g.members) for g in groups])
+    metrics = G.train_step(model, tokenizer, optimizer, None, TASK, CONFIG, 1)
+    assert metrics["calls"]["trained"] == 0 and optimizer.state
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
 def test_ctrl_c_saves_the_state_and_the_same_command_goes_on(run, monkeypatch):
     import signal
     original = G.train_step
