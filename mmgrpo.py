@@ -43,8 +43,8 @@ from model import (KVCache, Tokenizer, Transformer, TreeAttention, activation_by
                    round_up, save_pretrained, slots_for, trainable)
 from prompt_files import kept_options
 from program import Completion, InputError, ProgramError, Task, Trajectory, run_programs
-from report import (StoppedError, Tally, collapsed, expected_of, idle_steps, measure, nothing_to_learn, plot,
-                    read_metrics, remarks, show, statuses, step_line, too_many_excluded)
+from report import (StoppedError, Tally, collapsed, expected_of, first_evaluation, idle_steps, measure, nothing_to_learn,
+                    plot, read_metrics, remarks, show, statuses, step_line, too_many_excluded)
 
 # ------------------------------------------------------------------------------------------------------- sampler
 def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0):
@@ -78,7 +78,8 @@ def first_above(x: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
     sums = x.cumsum(-1, dtype=torch.double)
     bound = torch.minimum(bound, sums[:, -1].nextafter(sums.new_zeros(())))
     place = torch.searchsorted(sums, bound[:, None], right=True).clamp(max=x.shape[1] - 1)
-    return place[:, 0], bound - (sums.gather(1, place) - x.gather(1, place))[:, 0]
+    before = (sums.gather(1, place) - x.gather(1, place))[:, 0]
+    return place[:, 0], (bound - before).clamp(min=0)      # rounding makes it negative, and place 0 would be drawn
 
 
 def common(a: list[int], b: list[int]) -> int:
@@ -906,7 +907,7 @@ def train(task: Task, model: Transformer, tokenizer: Tokenizer, config: Config, 
 
     if not scores:
         check(0)
-    config = settled(config, read_metrics(out)[1][0]["dev"]["sampled"])
+    config = settled(config, first_evaluation(out))
     if config.warm_start > start:
         bar.write(f"warm start: of the first {config.warm_start} steps those less than a quarter of whose calls can be read train on "
                   "the calls that could be, whatever they earned")

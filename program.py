@@ -31,7 +31,7 @@ import random
 import re
 import textwrap
 import threading
-from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, Callable
@@ -328,15 +328,18 @@ async def tool(fn: Callable, *args, retries: int = 0, timeout: float = 600.0) ->
             with contextlib.suppress(InvalidStateError):    # too late: nobody waits any more
                 try:
                     done.set_result(fn(*args))
+                except (StopIteration, CancelledError) as e:    # which mean something else to asyncio
+                    done.set_exception(_renamed(e))
                 except Exception as e:
                     done.set_exception(e)
                 except BaseException as e:      # SystemExit ends the tool, not the training
-                    done.set_exception(RuntimeError(f"{type(e).__name__}: {e}"))
+                    done.set_exception(_renamed(e))
         threading.Thread(target=work, daemon=True).start()  # one that hangs does not keep the process from ending
         try:
             result = await asyncio.wait_for(asyncio.wrap_future(done), timeout)
         except Exception as e:
-            error = f"{type(e).__name__}: {str(e) or f'no answer in {timeout:g} s'}"
+            late = done.cancelled()                         # given up, which no failure of its own does
+            error = f"{type(e).__name__}: {f'no answer in {timeout:g} s' if late else e}"
             note(error=error)
             if isinstance(e, LMError):
                 raise
@@ -348,6 +351,12 @@ async def tool(fn: Callable, *args, retries: int = 0, timeout: float = 600.0) ->
         else:
             note(result=_copied(result), error="")
             return result
+
+
+def _renamed(failure: BaseException) -> RuntimeError:
+    renamed = RuntimeError(f"{type(failure).__name__}: {failure}")
+    renamed.__cause__ = failure
+    return renamed
 
 
 def _copied(value: Any) -> Any:

@@ -41,8 +41,12 @@ def counted(counts: dict[str, int]) -> str:
 
 
 def shorten(value, longest: int = 0) -> str:
-    """A value in one line: text as it is, else as JSON; cut to `longest` characters (0: whole)."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    """A value in one line: text as it is, else as JSON, or as Python writes it where JSON cannot; cut to
+    `longest` characters (0: whole)."""
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    except (TypeError, ValueError, RecursionError):         # keys that are no text, or a list in itself
+        text = repr(value)
     text = " ".join(text.split())
     return text[:longest] + "…" if 0 < longest < len(text) else text
 
@@ -429,9 +433,25 @@ def cost(out: Path) -> dict:
 
 
 def read_metrics(out: Path) -> tuple[list[dict], list[dict]]:
-    """metrics.jsonl of a run's folder -> (its training steps, its dev evaluations)."""
+    """metrics.jsonl of a run's folder -> (its training steps, its dev evaluations). Raises InputError naming file and line."""
     lines = read_lines(out / "metrics.jsonl")
+    for i, line in enumerate(lines, 1):
+        if not isinstance(line, dict):
+            raise InputError(f"{out / 'metrics.jsonl'}, line {i}: expected an object")
     return [m for m in lines if "reward" in m], [m for m in lines if "dev" in m]
+
+
+def first_evaluation(out: Path) -> dict:
+    """What a run's first dev evaluation, sampled, came to. Raises InputError where metrics.jsonl does not begin with one."""
+    path = out / "metrics.jsonl"
+    try:
+        first = read_lines(path)[0]["dev"]["sampled"]
+        counts = [*first["statuses"].values(), first["rollouts"]]
+        if {*STATUSES} <= first["statuses"].keys() and all(type(n) is int for n in counts):
+            return first
+    except (LookupError, TypeError, AttributeError):
+        pass
+    raise InputError(f"{path}, line 1: is no dev evaluation, with which a run begins")
 
 
 def plot(out: Path) -> None:

@@ -56,8 +56,10 @@ def by_names(module: Module, example: dict) -> dict:
 
 
 def is_json(value) -> bool:
+    """Whether a file of JSON can hold it and give it back: no tuple, no NaN, no half of a character."""
     try:
-        return json.loads(json.dumps(value)) == value
+        text = json.dumps(value, ensure_ascii=False).encode()
+        return json.loads(text) == value
     except (TypeError, ValueError, RecursionError):
         return False
 
@@ -192,6 +194,8 @@ def begin(task: Task, model, tokenizer, config: Config, out: Path) -> bool:
 def is_start(kept: dict, program: Program) -> bool:
     """Whether it is what `begin` keeps for this program."""
     demos = kept.get("demos")
+    if not is_json([demos, kept.get("found")]):             # JSON can name halves of a character, which no text may hold
+        return False
     if not isinstance(demos, dict) or demos.keys() != program.modules().keys():
         return False
     if not all(isinstance(of_module, list) and all(isinstance(d, dict) for d in of_module) for of_module in demos.values()):

@@ -8,6 +8,7 @@ import random
 import threading
 import time
 import urllib.request
+from concurrent.futures import CancelledError
 
 import pytest
 from conftest import ROOT
@@ -322,6 +323,17 @@ def test_a_tool_is_tried_again_and_then_excludes_the_run(retries, status):
     t, = run(WithTool(flaky, retries=retries))
     assert t.status == status and len(tries) == retries + 1
     assert t.prediction == {"y": "ok!"} if status == "completed" else "no route" in t.error
+
+
+@pytest.mark.parametrize("error, says", [
+    (StopIteration("none left"), "RuntimeError: StopIteration: none left"),
+    (CancelledError("pool is gone"), "RuntimeError: CancelledError: pool is gone"),
+    (ValueError(), "ValueError: "),
+    (TimeoutError(), "TimeoutError: ")])
+def test_whatever_a_tool_raises_is_told_as_it_is_and_at_once(error, says):
+    """To asyncio the first two mean something else; only what takes too long gave no answer in time."""
+    t, = run(WithTool(raises(error), timeout=5))
+    assert (t.status, t.error) == ("tool_error", f"fails: {says}")
 
 
 @pytest.mark.parametrize("where", ["tool", "metric", "program"])

@@ -211,3 +211,11 @@ def test_what_a_terminal_cannot_show_is_replaced(monkeypatch, encoding):
     lenient_output()
     print("0.5 ± 0.1 → «€» \ud800 end")
     assert raw.getvalue().endswith(b" end\n")               # line by line: nothing waits for the end
+
+
+def test_what_json_cannot_hold_is_shown_as_python_writes_it():
+    """A tool may give anything; a trace that is printed while training must not end it."""
+    endless = []
+    endless.append(endless)
+    assert shorten({(1, 2): "x"}) == "{(1, 2): 'x'}" and shorten(endless) == "[[...]]"
+    assert shorten({"a": b"x"}) == '{"a": "b\'x\'"}'

@@ -152,6 +152,17 @@ def test_whatever_the_uniform_number_a_possible_token_is_drawn(values, u, imposs
     assert torch.isfinite(logits[0, token]) and logp <= 0
 
 
+def test_a_bound_between_two_tokens_never_draws_one_of_probability_zero():
+    """Where the sums round, what is left of the bound must not fall below 0: the first place is as impossible as any."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.rand(2000, 20, generator=random) ** 8
+    x[:, ::3] = 0
+    sums = x.cumsum(-1, dtype=torch.double)
+    for column in range(19):
+        place, rest = G.first_above(x, sums[:, column])
+        assert (rest >= 0).all() and (x.gather(1, place[:, None]) > 0).all()
+
+
 def test_temperature_zero_is_greedy(model, tokenizer):
     c, = sample(model, tokenizer, ["hello"], temperature=0.0)
     ids = list(c.prompt_ids)

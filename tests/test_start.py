@@ -377,6 +377,19 @@ def test_a_damaged_start_is_named(tokenizer, tmp_path, text):
         S.begin(make_task(), WIDE, tokenizer, CONFIG, tmp_path)
 
 
+def test_half_of_a_character_is_in_no_demonstration_and_in_no_start(tokenizer, tmp_path):
+    """JSON can name one, `\\ud800`; no file and no prompt can hold it."""
+    task = make_task()
+    for example in task.train[::2]:
+        example["x"] = "\ud800"
+    begun(task, tokenizer, tmp_path, config=dataclasses.replace(CONFIG, labelled_demos=8))
+    text = (tmp_path / "start.json").read_text()
+    assert text.count("word ") >= 8 and "ud800" not in text
+    (tmp_path / "start.json").write_text(text.replace("word ", "\\ud800", 1))
+    with pytest.raises(InputError, match="start.json: is not as a run of this program writes it"):
+        S.begin(make_task(), WIDE, tokenizer, dataclasses.replace(CONFIG, labelled_demos=8), tmp_path)
+
+
 def test_where_the_start_is_readable_training_is_bit_for_bit_what_it_is_without_a_choice(tokenizer, tmp_path):
     made = []
     for n in (-1, 0):

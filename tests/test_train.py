@@ -579,9 +579,17 @@ def test_two_processes_do_not_train_in_one_folder(run):
     assert code == 2 and "another process trains there" in error
 
 
+def replace_first_line(path, line):
+    first, _, rest = path.read_text().partition("\n")
+    path.write_text(line.ljust(len(first)) + "\n" + rest)
+
+
 @pytest.mark.parametrize("damage, says", [
     (lambda f: (f / "metrics.jsonl").write_text(""), "is shorter than when"),
     (lambda f: [p.rename(f / f"gone-{p.name}") for p in f.glob("state-*")], "whose states are gone"),
+    (lambda f: replace_first_line(f / "metrics.jsonl", "{}"), "line 1: is no dev evaluation, with which a run begins"),
+    (lambda f: replace_first_line(f / "metrics.jsonl", '{"dev": {"sampled": {"statuses": 3}}}'), "line 1: is no dev evaluation"),
+    (lambda f: replace_first_line(f / "metrics.jsonl", "3"), "line 1: expected an object"),
     (lambda f: [(p / "state.json").write_text('{"step": "x"}') for p in f.glob("state-*")], "none of its states can be used")])
 def test_a_damaged_run_is_refused(run, damage, says):
     _, _, _, folder = run("train", "--steps", "1")
