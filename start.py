@@ -16,9 +16,10 @@ from pathlib import Path
 
 from checkpoint import same_options
 from config import Config
-from mmgrpo import READABLE, evaluate
+from mmgrpo import READABLE, play
 from program import InputError, Module, Program, Task
 from prompt_files import kept_options, write_json
+from report import statuses
 from tokenizer import read_json
 
 PROBE = 16                  # training examples that each candidate is run on once
@@ -120,8 +121,9 @@ def most_rollouts(task: Task, config: Config) -> int:
 
 def choose(task: Task, model, tokenizer, config: Config) -> dict:
     """What start.json keeps: `demos`, per module the demonstrations to add; `probes`, how each candidate did; `found`, a sentence
-    that says so; what it cost. Of candidates that are readable equally often the one with the better mean score is taken, then
-    the one with fewer demonstrations. The program's own prompts are left as they were."""
+    that says so; what it cost. The candidate is taken of whose LM calls most are readable: whole runs of a program with many calls
+    may all break off somewhere. Of equal ones it is that with the better mean score, then that with fewer demonstrations. The
+    program's own prompts are left as they were."""
     if config.labelled_demos > 0:
         demos, probes = labelled_demos(task, config.labelled_demos, config.seed), []
         if not any(demos.values()):
@@ -132,7 +134,7 @@ def choose(task: Task, model, tokenizer, config: Config) -> dict:
     else:
         tried = try_candidates(task, model, tokenizer, config)
         probes = [probe for probe, _ in tried]
-        best, demos = max(tried, key=lambda t: (t[0]["readable"], t[0]["score"], -t[0]["demos"]))
+        best, demos = max(tried, key=lambda t: (t[0]["readable_calls"], t[0]["score"], -t[0]["demos"]))
         found = sentence(probes, best)
     cost = {key: sum(p[key] for p in probes) for key in ("rollouts", "tokens", "seconds")}
     return {"found": found, "demos": demos, "probes": probes, **cost}
@@ -150,9 +152,7 @@ def try_candidates(task: Task, model, tokenizer, config: Config) -> list[tuple[d
             break                                           # no example is left to show more
         add_demos(task.program, demos)
         if n == 0 or fits(task, tokenizer, model.config.max_positions):
-            result = evaluate(model, tokenizer, task, examples, config, config.temperature, PROBE_STEP)
-            unread = result["statuses"]["format_error"] + result["statuses"]["length"]
-            tried.append(({"demos": n, "readable": 1 - unread / len(examples), **result}, demos))
+            tried.append(({"demos": n, **probe(task, model, tokenizer, examples, config)}, demos))
         for name, m in modules.items():
             m.demos = given[name]
         if tried[0][0]["readable"] >= READABLE:
@@ -160,11 +160,23 @@ def try_candidates(task: Task, model, tokenizer, config: Config) -> list[tuple[d
     return tried
 
 
+def probe(task: Task, model, tokenizer, examples: list[dict], config: Config) -> dict:
+    """Run the program once on each example, sampled as in training -> the shares of runs and of LM calls that could be read, the
+    mean score (of a run that did not complete: failure_score), how the runs ended, and what it took."""
+    runs, seconds = play(model, tokenizer, task, examples, config, config.temperature, PROBE_STEP)
+    calls = [c for t in runs for c in t.calls]
+    unread = sum(t.status in ("format_error", "length") for t in runs)
+    scores = [t.reward if t.status == "completed" else config.failure_score for t in runs]
+    return {"readable": 1 - unread / len(runs), "readable_calls": sum(c.outputs is not None for c in calls) / max(len(calls), 1),
+            "score": sum(scores) / len(scores), "statuses": statuses(runs), "rollouts": len(runs),
+            "tokens": sum(len(c.completion.token_ids) for c in calls), "seconds": sum(seconds.values())}
+
+
 def sentence(probes: list[dict], best: dict) -> str:
     """What the probe found, and what was chosen."""
-    readable = lambda p: round(p["readable"] * p["rollouts"])
+    readable = lambda p: f"{p['readable_calls']:.0%}"
     name = f"{best['demos']} labelled demonstrations per module" if best["demos"] else "the program as given"
-    said = f"the start is {name}: readable in {readable(best)} of {best['rollouts']} runs on training examples"
+    said = f"the start is {name}: {readable(best)} of its LM calls on training examples can be read"
     others = [f"with {p['demos']} {readable(p)}" if p["demos"] else f"as given {readable(p)}" for p in probes if p is not best]
     if others:
         said += f" ({', '.join(others)})"

@@ -224,7 +224,8 @@ MUTANTS = [
     ("a budget is not overrun", "prompts.py", "+ n * min(config.minibatch, dev))", ")", "prompts"),
     # where a run starts
     ("a readable program is left as it is", "start.py", '        if tried[0][0]["readable"] >= READABLE:\n            break\n', "", "start"),
-    ("readable runs count before the score", "start.py", '(t[0]["readable"], t[0]["score"], -t[0]["demos"])', '(t[0]["score"], t[0]["readable"], -t[0]["demos"])', "start"),
+    ("readable calls count before the score", "start.py", '(t[0]["readable_calls"], t[0]["score"], -t[0]["demos"])', '(t[0]["score"], t[0]["readable_calls"], -t[0]["demos"])', "start"),
+    ("readable calls count, not whole runs", "start.py", '(t[0]["readable_calls"], t[0]["score"]', '(t[0]["readable"], t[0]["score"]', "start"),
     ("of equal starts the shorter one is taken", "start.py", '-t[0]["demos"])', 't[0]["demos"])', "start"),
     ("every candidate is tried by itself", "start.py", "            m.demos = given[name]\n", "            pass\n", "start"),
     ("a probe is of no demonstration's example", "start.py", "return order[:len(order) // 2], order[len(order) // 2:]", "return order, order", "start"),

@@ -13,12 +13,12 @@ import cli
 import mmgrpo as G
 import model as M
 import prompts as P
+import start as S
 from endpoint import Remote
 from lora import merged as merge
 from program import Call, Completion, InputError, Module, Prediction, Program, Task, ToolError, Trajectory, run_programs
 from prompt_files import difference, load_prompts, prompts_of, save_prompts
 from report import cost, read_metrics
-from start import most_rollouts
 from tokenizer import CheckpointError
 
 
@@ -362,14 +362,15 @@ def test_all_rollouts_are_counted_and_within_the_budget(model, tokenizer, tmp_pa
         runs, seconds = original(*args, **options)
         made.append(len(runs))
         return runs, seconds
-    monkeypatch.setattr(G, "play", play), monkeypatch.setattr(P, "play", play)
+    for module in (G, P, S):
+        monkeypatch.setattr(module, "play", play)
     config = dataclasses.replace(SMALL, budget=60)
     result = P.compose(loose(), config, tmp_path, lambda stage: (model, tokenizer))
     spent = [s["rollouts"] for s in result["stages"]]
     assert sum(spent) == sum(made) <= 60 and all(n <= 30 for n in spent)
     assert cost(tmp_path / "1-p")["rollouts"] == spent[0]
     probe = json.loads((tmp_path / "1-p/start.json").read_text())["rollouts"]
-    for kind, taken, left in (("p", spent[0] - probe, 30 - most_rollouts(PAIR, config)), ("w", spent[1], 30)):
+    for kind, taken, left in (("p", spent[0] - probe, 30 - S.most_rollouts(PAIR, config)), ("w", spent[1], 30)):
         n = P.affordable(kind, PAIR, config, left)
         assert taken <= P.rollouts(kind, n, PAIR, config) <= left < P.rollouts(kind, n + 1, PAIR, config)
     with pytest.raises(InputError, match="--budget 60"):

@@ -99,7 +99,7 @@ def test_where_the_program_as_given_is_readable_it_is_the_start(reads, tokenizer
     kept = begun(task, tokenizer, tmp_path)
     assert prompts_of(task.program) == before and not any(kept["demos"].values())
     assert kept["rollouts"] == S.PROBE and [p["demos"] for p in kept["probes"]] == [0]
-    assert "the start is the program as given: readable in 16 of 16 runs on training examples" in capsys.readouterr().out
+    assert "the start is the program as given: 100% of its LM calls on training examples can be read" in capsys.readouterr().out
 
 
 def test_of_candidates_that_are_as_readable_and_as_good_the_one_with_fewest_demonstrations_is_the_start(reads, tokenizer, tmp_path, capsys):
@@ -109,8 +109,8 @@ def test_of_candidates_that_are_as_readable_and_as_good_the_one_with_fewest_demo
     assert {name: len(m.demos) for name, m in task.program.modules().items()} == {"ask": 4, "note": 4}
     assert kept["rollouts"] == 4 * S.PROBE and kept["tokens"] == 6 * S.PROBE         # of two calls, where the first is readable
     said = capsys.readouterr().out
-    assert "the start is 4 labelled demonstrations per module: readable in 16 of 16 runs" in said
-    assert "(as given 0, with 2 0, with 8 16)" in said
+    assert "the start is 4 labelled demonstrations per module: 100% of its LM calls" in said
+    assert "(as given 0%, with 2 0%, with 8 100%)" in said
 
 
 def test_of_candidates_that_are_as_readable_the_one_with_the_best_score_is_the_start(reads, tokenizer, tmp_path):
@@ -125,11 +125,28 @@ def test_a_readable_candidate_beats_one_of_better_score(reads, tokenizer, tmp_pa
     assert scores[0] > scores[8] > 0 and 0 < kept["probes"][0]["readable"] < S.READABLE and len(kept["demos"]["ask"]) == 8
 
 
+def test_of_runs_that_all_break_off_the_calls_before_tell_the_candidates_apart(reads, tokenizer, tmp_path, monkeypatch):
+    class Long(Two):
+        async def forward(self, x):
+            for _ in range(20):
+                await super().forward(x)
+    task, original = make_task(program=Long), reads.submit
+
+    def submit(self, messages, key):
+        reads.needed, reads.luck = 99, 0.1 * len(task.program.ask.demos)
+        return original(self, messages, key)
+    monkeypatch.setattr(reads, "submit", submit)
+    kept = begun(task, tokenizer, tmp_path, config=dataclasses.replace(CONFIG, max_calls=40))
+    calls = {p["demos"]: p["readable_calls"] for p in kept["probes"]}
+    assert all(p["readable"] == 0 for p in kept["probes"]) and calls[0] < calls[2] < calls[4] < calls[8]
+    assert len(kept["demos"]["ask"]) == 8
+
+
 def test_demonstrations_that_do_not_help_are_left_out(reads, tokenizer, tmp_path, capsys):
     reads.needed = 99
     task = make_task()
     assert len(begun(task, tokenizer, tmp_path)["probes"]) == 4
-    assert not task.program.ask.demos and "the program as given: readable in 0 of 16" in capsys.readouterr().out
+    assert not task.program.ask.demos and "the program as given: 0% of its LM calls" in capsys.readouterr().out
 
 
 def test_prompts_that_would_fill_the_context_are_not_tried(reads, tokenizer, tmp_path):
@@ -280,14 +297,13 @@ def loose(**more):
 @pytest.fixture
 def unreadable(monkeypatch):
     """On the probe a random LM is readable by the number of demonstrations in the prompts; the calls of `evaluate` there."""
-    original, probes = G.evaluate, []
+    original, probes = S.probe, []
 
-    def evaluate(model, tokenizer, task, examples, config, temperature, step):
-        result = original(model, tokenizer, task, examples, config, temperature, step)
+    def probe(task, *rest):
+        result = original(task, *rest)
         probes.append(len(task.program.ask.demos))
-        bad = len(examples) if probes[-1] != 4 else 1
-        return result | {"score": 0.0, "statuses": result["statuses"] | {"completed": len(examples) - bad, "format_error": bad}}
-    monkeypatch.setattr(S, "evaluate", evaluate)
+        return result | {"score": 0.0, "readable": 0.1, "readable_calls": 0.5 * (probes[-1] == 4)}
+    monkeypatch.setattr(S, "probe", probe)
     return probes
 
 
