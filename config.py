@@ -28,7 +28,7 @@ class Config:
     temperature: float = 1.0        # of sampling, and of the distribution trained
     max_tokens: int = 128           # sampled tokens per LM call at the most
     max_calls: int = 32             # LM calls per run at the most
-    slots: int = 0                  # sequences that decode together (0: 64, or as many as fit in memory)
+    slots: int = 0                  # sequences that decode together (0: 64, or as many as find room with 1,024 own tokens each)
     failure_score: float = 0.0      # reward of a run that hit max_calls; in evaluation, score of each run that did not complete
     format_failure_score: float = -1.0      # reward of a run cut by length or without a readable field; partly readable: between
     interrupt: float = 0.0          # share of training runs given a random limit below max_calls, to see what that does
@@ -46,7 +46,7 @@ class Config:
     lora_alpha: float = 64.0        # LoRA is scaled by this over the rank
     lora_dropout: float = 0.0       # on the input of LoRA, in the update
     lora_targets: str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"       # layers that get LoRA
-    warm_start: int = -1            # first steps that, while few runs can be read, only train on calls that were (-1: 12 where less than half of the first dev runs are readable)
+    warm_start: int = -1            # first steps that, while less than a quarter of their calls can be read, only train on those that can (-1: 12 where less than half of the first dev runs are readable)
     # loss
     normalize: str = "sequence"     # mean over each call's tokens; token: over the step's; constant: sum / (voting runs x max_tokens)
     clip_low: float = 0.2           # the ratio is clipped to 1 - clip_low …
@@ -75,7 +75,7 @@ class Config:
     warmup: int = 5                 # steps of linear warm-up
     weight_decay: float = 0.0       # of AdamW
     clip_norm: float = 1.0          # the gradient's norm is clipped to this
-    batch_tokens: int = 0           # distinct tokens per micro-batch (0: four times the longest call, if that fits in memory)
+    batch_tokens: int = 0           # distinct tokens per micro-batch (0: four times the longest call and at least 1,536, if that fits in memory)
     checkpointing: bool = False     # keep one state per layer and compute the rest again on the way back: less memory, more time
     parity: float = 0.0             # stop where a sampled and a trained log-prob are further apart, their 99% quantile than a fourth of it, their median than a fortieth (0: 1e-3; bfloat16: 2)
     # evaluation

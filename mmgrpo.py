@@ -718,7 +718,7 @@ def step_gradient(model: Transformer, rows: list[Row], config: Config, vocabular
                 keep_proximal(tree, old)
                 tally.correct(old - sampled, correction_factors(old, sampled, config.correction))
             tally.batch(tree, loss(logprobs, slice(None), entropies).item(), logprobs, old, advantage, ref, entropies)
-            if fresh and not (config.lora_dropout and tally.apart[1:]):
+            if fresh and not (config.lora_dropout and tally.apart):
                 if config.lora_dropout:                     # was not there when sampling: one micro-batch is scored without it
                     logprobs = batch_logprobs(model, tree, config.temperature, vocabulary)
                 tally.compare(tree, logprobs, sampled)

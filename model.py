@@ -482,7 +482,7 @@ def _blocks(rows: list[BlockRow]) -> Part:
     """Rows -> one part of padded blocks, a row's queries in as many blocks as they need."""
     longest = max(len(row.nodes) for row in rows)
     most = max(row.end - row.begin for row in rows)
-    size = min(most, max(64, longest // 8))                 # keys are gathered 8 times at the most
+    size = min(most, max(64, longest // 8))                 # many keys are gathered 8 times at the most
 
     keys = np.zeros((len(rows), longest), np.int64)
     deepest = np.iinfo(np.int64).max                        # padding is deeper than any query

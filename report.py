@@ -339,7 +339,7 @@ class Tally:
     trained to sampled probability, and the share of tokens whose ratio was truncated or dropped. With an
     entropy bonus: `entropy`, nats per token of the whole distributions (`surprise` estimates it)."""
     def __init__(self, config, dtype: torch.dtype, fresh: bool):
-        self.config, self.fresh, self.norms, self.sums, self.apart = config, fresh, {}, Counter(), [torch.zeros(1)]
+        self.config, self.fresh, self.norms, self.sums, self.apart = config, fresh, {}, Counter(), []
         self.ratios, self.has_entropy = [], False
         self.worst = (-1.0, "")         # how far apart, and which token of which call
         most = config.parity or (1e-3 if dtype == torch.float32 else 2.0)
@@ -380,7 +380,8 @@ class Tally:
         Rounding moves all three little by little, a fault moves one of them far: the bounds are some four times what healthy
         steps show (docs: measured in bf16 on a 135M LM, median 0.013, 99% 0.16, maximum 0.5). Raises ParityError naming the worst
         token where one of them is passed."""
-        found = torch.cat(self.apart).quantile(torch.tensor([0.5, 0.99, 1.0])).tolist()
+        apart = torch.cat(self.apart) if self.apart else torch.zeros(1)
+        found = apart.quantile(torch.tensor([0.5, 0.99, 1.0])).tolist()
         parity = dict(zip(self.bounds, found))
         for name, bound in self.bounds.items():
             if not parity[name] <= bound:

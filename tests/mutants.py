@@ -155,7 +155,7 @@ MUTANTS = [
     ("other options are refused", "checkpoint.py", "if key not in free and options.get(key) != value:", "if False:", "train"),
     ("the reference is the start, also where a run goes on", "mmgrpo.py", "else copy.deepcopy(model)\n", "else model\n", "train"),
     ("sampler and trainer must agree", "report.py", "if not parity[name] <= bound:", "if False:", "train"),
-    ("sampler and trainer must agree under dropout too", "mmgrpo.py", "if fresh and not (config.lora_dropout and tally.apart[1:]):", "if fresh and not config.lora_dropout:", "train"),
+    ("sampler and trainer must agree under dropout too", "mmgrpo.py", "if fresh and not (config.lora_dropout and tally.apart):", "if fresh and not config.lora_dropout:", "train"),
     ("what dropout scores is not held against the sampler", "mmgrpo.py", "                if config.lora_dropout:  ", "                if False:  ", "lora"),
     ("a gradient that is not finite moves nothing", "mmgrpo.py", 'if not math.isfinite(metrics["grad_norm"]):', "if False:", "train"),
     ("a micro-batch that does not fit is halved", "mmgrpo.py", 'if "memory" not in str(e) or len(tree.rows) == 1:', "if True:", "train"),
