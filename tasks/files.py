@@ -53,7 +53,7 @@ _READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv}
 # Defaults of the real editions, for LMs that others trained. An unreadable run earns no less than a wrong one: where any label
 # beats none, the label that is likeliest grows until all runs are alike (a warm start teaches the format instead). One standard
 # deviation for the whole step, and a wide upper clip, for groups are often nearly equal and right answers unlikely.
-REAL = {"examples": 4, "temperature": 0.8, "scale_rewards": "batch", "clip_high": 0.28,
+REAL = {"examples": 4, "temperature": 0.6, "scale_rewards": "batch", "clip_high": 0.28,
         "format_failure_score": 0.0}
 
 
