@@ -27,9 +27,11 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class LoRALinear(nn.Linear):
-    """y = W x + b + alpha / rank B A x. W and b are those of the layer it stands for, and frozen; A (rank, in) and B (out, rank)
-    are fp32 whatever the dtype of W, and so is what they compute. Dropout acts on x where gradients are taken, so in the
-    update, never when sampling."""
+    """y = W x + b + alpha / rank B A x.
+
+    W and b are those of the layer it stands for, and frozen. A (rank, in) and B (out, rank) are kept
+    in fp32, and multiplied in the dtype of W: else the backward pass would hold fp32 copies of all
+    inputs. Dropout acts on x where gradients are taken, so in the update, never when sampling."""
     def __init__(self, layer: nn.Linear, rank: int, alpha: float, dropout: float):
         nn.Module.__init__(self)
         self.in_features, self.out_features = layer.in_features, layer.out_features
@@ -41,8 +43,9 @@ class LoRALinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
         if self.on:
-            x = F.dropout(x.float(), self.dropout, training=torch.is_grad_enabled() and self.dropout > 0)
-            y = (y + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)).to(y.dtype)
+            x = F.dropout(x, self.dropout, training=torch.is_grad_enabled() and self.dropout > 0)
+            low = F.linear(x, self.lora_A.to(x.dtype))                          # (…, rank)
+            y = torch.add(y, F.linear(low, self.lora_B.to(x.dtype)), alpha=self.scale)
         return y
 
 

@@ -632,7 +632,10 @@ def predicting_states(model: Transformer, tree: Tree) -> tuple[Tensor, Tensor]:
     predicted at position len(prompt) - 1 + t of its row. Only these states reach the vocabulary projection."""
     tensor = lambda x: torch.tensor(x, device=model.head.device)
     hidden = model(tensor([tree.ids]), tensor([tree.positions]), TreeAttention(tree.paths, model.head.device))[0]       # (T, D)
-    return tensor([i for r in tree.rows for i in r.completion.token_ids]), hidden[tensor(tree.at)]
+    # not hidden[at]: on the CPU the gradients of a state that predicts several tokens, as the end of
+    # a shared prompt does, would be added in the order in which threads come to them
+    states = hidden.index_select(0, tensor(tree.at))
+    return tensor([i for r in tree.rows for i in r.completion.token_ids]), states
 
 
 @torch.no_grad()
@@ -877,13 +880,19 @@ def train(task: Task, model: Transformer, tokenizer: Tokenizer, config: Config, 
     options, dev = kept_options(config, task.program), task.dev[:config.eval_examples or None]
     out.mkdir(parents=True, exist_ok=True)
     start, scores = load_state(out, model, optimizer, options)
-    history = read_metrics(out)[0] if scores else []            # the lines of all steps so far
+    history, evaluations = read_metrics(out) if scores else ([], [])        # the lines of all steps so far
     log = (out / "metrics.jsonl").open("a" if scores else "w")
     bar = tqdm(range(start, config.steps), desc=config.task, unit="step", disable=None, initial=start, total=config.steps)
 
     def check(step: int):
         """Score the dev split as trained (sampled) and greedily; keep the weights as `last`, the best as `best`, the state."""
-        sampled, greedy = (evaluate(model, tokenizer, task, dev, config, t) for t in (config.temperature, 0.0))
+        try:
+            sampled, greedy = (evaluate(model, tokenizer, task, dev, config, t)
+                               for t in (config.temperature, 0.0))
+        except ProgramError:
+            if scores:
+                keep(step)                                  # the steps since the last state
+            raise
         print(json.dumps({"step": step, "dev": {"sampled": sampled, "greedy": greedy}}), file=log, flush=True)
         for name in ("last", "best") if sampled["score"] > max(scores, default=-math.inf) else ("last",):
             save(model, tokenizer, out / name)
@@ -905,8 +914,11 @@ def train(task: Task, model: Transformer, tokenizer: Tokenizer, config: Config, 
         if step_of(states(out)[-1]) < step:
             save_state(out, step, optimizer, scores, options)
 
+    due = lambda step: step % config.eval_every == 0 or step == config.steps
     if not scores:
         check(0)
+    elif due(start) and evaluations[-1]["step"] < start:    # the last evaluation failed
+        check(start)
     config = settled(config, first_evaluation(out))
     if config.warm_start > start:
         bar.write(f"warm start: of the first {config.warm_start} steps those less than a quarter of whose calls can be read train on "
@@ -928,7 +940,7 @@ def train(task: Task, model: Transformer, tokenizer: Tokenizer, config: Config, 
         for remark in remarks(history):
             bar.write(remark, file=sys.stderr)
         ending = stop()
-        if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
+        if due(step + 1):
             check(step + 1)
         elif ending:
             save_state(out, step + 1, optimizer, scores, options)

@@ -625,7 +625,9 @@ class _Run:
             result = await result if inspect.isawaitable(result) else result
         except (LMError, ToolError):
             raise
-        except BUGS as e:
+        except (*BUGS, SystemExit, asyncio.CancelledError) as e:
+            if isinstance(e, asyncio.CancelledError) and asyncio.current_task().cancelling():
+                raise                                       # the whole is being stopped
             raise ProgramError(f"the metric failed on {self.where}: {type(e).__name__}: {e}") from e
         except Exception as e:
             raise ToolError(f"the metric raised {type(e).__name__}: {e}") from e

@@ -51,6 +51,12 @@ def shorten(value, longest: int = 0) -> str:
     return text[:longest] + "…" if 0 < longest < len(text) else text
 
 
+def printable(text: str) -> str:
+    """With control characters written out: what an LM or a tool says never steers a terminal.
+    Example: printable("\x1b[2J") is "\\x1b[2J"."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
 def expected_of(program: Program, example: dict) -> dict:
     """What an example holds beside the inputs of `forward`: what the metric compares a run with."""
     inputs = inspect.signature(program.forward).parameters
@@ -93,7 +99,8 @@ def show(trajectory: Trajectory, width: int = 100, expected: dict | None = None,
     entries("=", trajectory.prediction if isinstance(trajectory.prediction, dict) else {})
     entries("expected", expected or {})
     reward = "no reward" if trajectory.reward is None else f"reward {trajectory.reward:.3f}"
-    return "\n".join([*lines, f"{trajectory.status}, {reward}" + f" ({trajectory.error})" * bool(trajectory.error)])
+    ending = f"{trajectory.status}, {reward}" + f" ({trajectory.error})" * bool(trajectory.error)
+    return printable("\n".join([*lines, ending]))
 
 
 def measure(trajectories: list, groups: list, advantages: list[list[float]]) -> dict:
@@ -437,9 +444,20 @@ def read_metrics(out: Path) -> tuple[list[dict], list[dict]]:
     """metrics.jsonl of a run's folder -> (its training steps, its dev evaluations). Raises InputError naming file and line."""
     lines = read_lines(out / "metrics.jsonl")
     for i, line in enumerate(lines, 1):
-        if not isinstance(line, dict):
-            raise InputError(f"{out / 'metrics.jsonl'}, line {i}: expected an object")
+        if not (isinstance(line, dict) and (is_step(line) or "dev" in line)):
+            raise InputError(f"{out / 'metrics.jsonl'}, line {i}: is neither a step nor an evaluation")
     return [m for m in lines if "reward" in m], [m for m in lines if "dev" in m]
+
+
+def is_step(line: dict) -> bool:
+    """Whether a line of metrics.jsonl holds what later steps judge a run by."""
+    numbers = [line.get(name) for name in ("step", "reward", "surprise")]
+    counts = [line.get(name) for name in ("calls", "statuses")]
+    if not all(type(n) in (int, float) for n in numbers) or not all(isinstance(c, dict) for c in counts):
+        return False
+    calls, ended = counts
+    return type(calls.get("trained")) is int and {*STATUSES} <= ended.keys() and all(
+        type(n) is int for n in ended.values())
 
 
 def first_evaluation(out: Path) -> dict:

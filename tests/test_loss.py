@@ -333,6 +333,21 @@ def test_the_gradients_of_ranks_sum_to_the_whole_one(rows, ranks):
         torch.testing.assert_close(sum(of_ranks), whole, atol=2e-5, rtol=1e-3)
 
 
+def test_a_gradient_is_the_same_each_time_with_two_threads():
+    """Eight completions of one prompt: eight gradients meet in the state of its last token."""
+    model = make_model(vocab_size=V, hidden_size=128)
+    rows = [G.Row("m", Completion([prompt, 1, 2], [token] * 30, [-3.7] * 30, "stop"), 0.1 * token, 0.01)
+            for prompt in range(12) for token in range(1, 9)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first, *others = (gradient(model, rows, batch_tokens=10**6)[0] for _ in range(12))
+    finally:
+        torch.set_num_threads(threads)
+    for other in others:
+        assert all(map(torch.equal, first, other))
+
+
 def test_the_sampled_end_token_is_trained_whatever_the_padding_id():
     """id 0 ends the completion and is also what pads the batch; its log-prob still moves, and only once."""
     model = make_model(vocab_size=V)

@@ -276,7 +276,8 @@ def raises(error):
 
 
 @pytest.mark.parametrize("error", [KeyError("label"), IndexError("list index"), TypeError("no len"), AttributeError("no intent"), NameError("reward"),
-                                   AssertionError("must be"), ImportError("no such module")])
+                                   AssertionError("must be"), ImportError("no such module"),
+                                   SystemExit(3), asyncio.CancelledError()])
 def test_a_bug_in_the_metric_stops_the_run_with_its_traceback(error):
     with pytest.raises(ProgramError, match="the metric failed on example 0, rollout 0: " + type(error).__name__) as e:
         run(Two(), metric=raises(error))

@@ -14,7 +14,7 @@ from strategies import trajectory, trajectory_sets
 
 import mmgrpo as G
 from program import Call, Completion
-from report import (collapsed, idle_steps, lenient_output, measure, nothing_to_learn, remarks, shorten, step_line,
+from report import (collapsed, idle_steps, lenient_output, measure, nothing_to_learn, remarks, shorten, show, step_line,
                     too_many_excluded, trial_line)
 
 CONFIG = G.Config(max_tokens=48, max_calls=3)
@@ -53,6 +53,15 @@ def test_advice_names_options_that_there_are():
     named = set(re.findall(r"--[a-z][a-z-]+", (ROOT / "report.py").read_text(encoding="utf-8")))
     there = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(G.Config)}
     assert len(named) > 10 and named <= there
+
+
+def test_what_an_lm_says_does_not_steer_the_terminal():
+    run = ended("completed", reward=1.0)
+    steering = "\x1b[2J\x07\x9b1mfine\x7f"
+    call = dataclasses.replace(run.calls[0], inputs={"x": steering}, outputs={"y": steering})
+    shown = show(dataclasses.replace(run, calls=(call,), prediction={"y": steering}))
+    assert shown.count("\\x1b[2J\\x07\\x9b1mfine\\x7f") == 3
+    assert all(c == "\n" or c.isprintable() for c in shown)
 
 
 def test_what_is_shown_of_a_long_answer_is_cut():

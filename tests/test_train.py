@@ -584,12 +584,21 @@ def replace_first_line(path, line):
     path.write_text(line.ljust(len(first)) + "\n" + rest)
 
 
+def rename_in_lines(path, name, other):
+    text = path.read_text()
+    assert name in text and len(name) == len(other)
+    path.write_text(text.replace(name, other))
+
+
 @pytest.mark.parametrize("damage, says", [
     (lambda f: (f / "metrics.jsonl").write_text(""), "is shorter than when"),
     (lambda f: [p.rename(f / f"gone-{p.name}") for p in f.glob("state-*")], "whose states are gone"),
-    (lambda f: replace_first_line(f / "metrics.jsonl", "{}"), "line 1: is no dev evaluation, with which a run begins"),
+    (lambda f: replace_first_line(f / "metrics.jsonl", "{}"), "line 1: is neither a step nor an evaluation"),
+    (lambda f: replace_first_line(f / "metrics.jsonl", '{"dev": 1}'), "line 1: is no dev evaluation, with which a run begins"),
     (lambda f: replace_first_line(f / "metrics.jsonl", '{"dev": {"sampled": {"statuses": 3}}}'), "line 1: is no dev evaluation"),
-    (lambda f: replace_first_line(f / "metrics.jsonl", "3"), "line 1: expected an object"),
+    (lambda f: replace_first_line(f / "metrics.jsonl", "3"), "line 1: is neither a step nor an evaluation"),
+    (lambda f: rename_in_lines(f / "metrics.jsonl", '"surprise"', '"surprize"'), "line 2: is neither a step nor an"),
+    (lambda f: rename_in_lines(f / "metrics.jsonl", '"trained"', '"trainet"'), "line 2: is neither a step nor an"),
     (lambda f: [(p / "state.json").write_text('{"step": "x"}') for p in f.glob("state-*")], "none of its states can be used")])
 def test_a_damaged_run_is_refused(run, damage, says):
     _, _, _, folder = run("train", "--steps", "1")
@@ -730,6 +739,29 @@ def test_a_task_file_that_a_runs_folder_names_is_not_run(tmp_path, capsys, form,
     assert f"--task {named}" in capsys.readouterr().err and not (tmp_path / "was_here").exists()
     cli.main(["replay", str(folder), "1", "--task", named])
     assert (tmp_path / "was_here").exists()                 # given by hand, it is run
+
+
+def test_a_bug_that_a_later_evaluation_finds_costs_no_step(model, tokenizer, tmp_path):
+    """The steps before it are kept, and the evaluation is made up for when the bug is mended."""
+    found = []
+
+    def metric(example, prediction):
+        if example["x"] == "dev" and len(found) == 2:       # sampled and greedily, before the first step
+            raise KeyError("label")
+        if example["x"] == "dev":
+            found.append(example)
+        return parity(example, prediction)
+    task = dataclasses.replace(TASK, metric=metric)
+    with pytest.raises(ProgramError, match="KeyError: 'label'"):
+        G.train(task, model, tokenizer, CONFIG, tmp_path)
+    assert [p.name for p in G.states(tmp_path)] == ["state-0000000", "state-0000002"]
+    trained = [p.clone() for p in model.parameters()]
+    scores = G.train(TASK, make_model(), tokenizer, CONFIG, tmp_path)
+    assert len(scores) == 2
+    steps, evaluations = G.read_metrics(tmp_path)
+    assert [m["step"] for m in steps] == [1, 2] and [m["step"] for m in evaluations] == [0, 2]
+    kept, _ = M.load_pretrained(tmp_path / "last")
+    assert all(map(torch.equal, trained, kept.parameters()))
 
 
 def test_the_folder_of_a_run_is_not_a_checkpoint_and_its_best_is_named(run):
