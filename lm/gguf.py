@@ -22,9 +22,15 @@ import safetensors
 import torch
 from torch import Tensor
 
-from model import (ModelConfig, Transformer, disk_name, inverse_frequencies, load_pretrained,
-                   save_pretrained)
-from tokenizer import CheckpointError
+from lm.tokenizer import CheckpointError
+from model import (
+    ModelConfig,
+    Transformer,
+    disk_name,
+    inverse_frequencies,
+    load_pretrained,
+    save_pretrained,
+)
 
 try:
     import gguf

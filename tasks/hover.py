@@ -20,8 +20,8 @@ from pathlib import Path
 import bm25s
 
 from program import ChainOfThought, InputError, Prediction, Program, Task
-from tasks.files import REAL, read_rows, splits, text
-from tasks.world import Names
+from tasks.data.rows import REAL, read_rows, splits, text
+from tasks.data.world import Names
 
 
 class ResearchHop(Program):

@@ -17,10 +17,10 @@ import random
 import re
 from pathlib import Path
 
-from endpoint import Endpoint
+from lm.endpoint import Endpoint
 from program import ChainOfThought, Prediction, Program, Signature, Task, gather, tool
-from tasks.files import REAL, read_rows, splits, text
-from tasks.world import Names
+from tasks.data.rows import REAL, read_rows, splits, text
+from tasks.data.world import Names
 
 
 class Papillon(Program):

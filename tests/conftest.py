@@ -1,6 +1,5 @@
 """Shared fixtures. Everything is small, built in process, on the CPU, without a network."""
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -8,8 +7,6 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tests"))
 
 # The same examples at every run; HYPOTHESIS_PROFILE=search looks for new ones.
 common = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
@@ -19,7 +16,7 @@ settings.register_profile("mutants", derandomize=True, max_examples=60, phases=(
 settings.register_profile("search", max_examples=1000, **common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
-import model as M  # noqa: E402
+import model as M
 
 SHAPE = {"architectures": ["Qwen3ForCausalLM"], "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512,

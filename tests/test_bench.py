@@ -3,12 +3,11 @@ import json
 import subprocess
 import tempfile
 
-import bench
-import bench_real
 import pytest
 from conftest import make_model
 
 from program import InputError
+from studies import bench, bench_real
 
 
 def test_a_race_leaves_no_process_and_no_file_when_a_worker_dies(tmp_path, monkeypatch):
@@ -72,8 +71,8 @@ def test_decoding_and_the_machines_peak_are_measured():
 def test_the_figures_of_the_real_lm_have_the_fields_of_the_others_and_run_trl_once(canned):
     figures = {name: figure(TINY) for name, figure in bench_real.FIGURES.items()}
     assert all({"ours", "peer", "ratio", "what"} <= f.keys() for f in figures.values())
-    ratios = {"real_step": 10, "real_distinct": 1.1, "real_step_hover": 1.1, "real_memory": 1, "real_decode": 1,
-              "real_update_efficiency": 0.5}
+    ratios = {"real_step": 10, "real_distinct": 1.1, "real_step_hover": 1.1, "real_memory": 1, "real_memory_lora": 1,
+              "real_decode": 1, "real_update_efficiency": 0.5}
     assert {name: f["ratio"] for name, f in figures.items()} == pytest.approx(ratios)
     assert sum("trl_step" in case for case in canned) == 1
     assert len(bench_real.table(figures).splitlines()) == 2 + len(figures)

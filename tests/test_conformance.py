@@ -56,7 +56,7 @@ def differences(got: dict, want: dict, tolerance: float = 1e-9) -> list[str]:
 
 @pytest.mark.parametrize("path", VECTORS, ids=lambda p: p.stem)
 def test_groups_advantages_weights_and_loss_are_those_of_the_reference(path, tmp_path):
-    import cli
+    from run import cli
     vector = json.loads(path.read_text())
     (tmp_path / "in.json").write_text(json.dumps({"trajectories": vector["trajectories"]}))
     _, (_, config) = cli.parse_arguments(["group", "-", *flags(vector["options"])])
@@ -73,7 +73,7 @@ options = st.fixed_dictionaries({
 
 @given(trajectory_sets(), options, st.randoms(use_true_random=False))
 def test_random_runs_under_any_options_equal_the_reference(tmp_path_factory, ts, options, rng):
-    import cli
+    from run import cli
     number = lambda: -rng.randint(1, 40) / 16
     call = lambda c: {"module": c.module, **{k: [number() for _ in c.completion.token_ids] for k in cli.LOGPROBS}}
     runs = [{"example": t.example, "rollout": t.rollout, "reward": t.reward, "status": t.status, "calls": list(map(call, t.calls))}

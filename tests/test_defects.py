@@ -9,7 +9,6 @@ import mmgrpo as G
 from program import FormatError, LengthError, Module, Prediction, Program, run_programs
 
 
-
 class Hops(Program):
     """`first` once, then `second` as often as the example says for this rollout."""
     def __init__(self, second="x -> y, z"):

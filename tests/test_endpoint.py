@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from endpoint import Endpoint
+from lm.endpoint import Endpoint
 from program import FormatError, InputError, Signature, ToolError
 
 said = lambda text: (200, {}, {"choices": [{"message": {"content": text}}]})

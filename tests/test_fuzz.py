@@ -15,10 +15,10 @@ import torch
 from conftest import ROOT, make_model
 from gguf_files import make
 
-import cli
 import model as M
 from program import InputError
-from prompt_files import load_prompts, save_dspy, save_prompts
+from prompts.files import load_prompts, save_dspy, save_prompts
+from run import cli
 from tasks import banking77, hover, papillon
 
 COUNT = int(os.environ.get("FUZZ", 100))

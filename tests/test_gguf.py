@@ -15,11 +15,11 @@ from gguf_files import KINDS, contents, make, make_checkpoint, write
 from hypothesis import given
 from hypothesis import strategies as st
 
-import cli
 import model as M
 from lm import gguf as G
 from lm import smollm2
-from lora import add_lora, load_adapter, save_adapter
+from lm.lora import add_lora, load_adapter, save_adapter
+from run import cli, loading
 
 CHAT = [{"role": "system", "content": "Answer."},
         {"role": "user", "content": "is\n\n12 <|im_end|> 'n' 1234?"}]
@@ -144,20 +144,20 @@ def test_conversion_leaves_all_or_nothing(tmp_path, monkeypatch):
 def test_a_file_is_a_model_by_name_and_the_base_of_an_adapter(tmp_path, monkeypatch):
     _, path = make("smollm2", tmp_path)
     monkeypatch.chdir(tmp_path)
-    model, tokenizer = cli.load_model(cli.Config(model="model.gguf"))
+    model, tokenizer = loading.load_model(cli.Config(model="model.gguf"))
     assert model.config.layers == 2
     add_lora(model, 2, 4.0)
     save_adapter(model, tokenizer, tmp_path / "adapter", "model.gguf")
-    again, _ = load_adapter(tmp_path / "adapter", fetch=cli.fetch)
+    again, _ = load_adapter(tmp_path / "adapter", fetch=loading.fetch)
     assert again.state_dict().keys() == model.state_dict().keys()
 
 
 def test_a_file_that_is_missing_is_not_asked_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     asked = lambda *_, **__: pytest.fail("the hub was asked")
-    monkeypatch.setattr(cli.huggingface_hub, "snapshot_download", asked)
+    monkeypatch.setattr(loading.huggingface_hub, "snapshot_download", asked)
     with pytest.raises(M.CheckpointError, match="models/x.gguf: .*No such file"):
-        cli.load_model(cli.Config(model="models/x.gguf"))
+        loading.load_model(cli.Config(model="models/x.gguf"))
 
 
 def test_without_the_library_it_says_what_to_install(tmp_path, monkeypatch):

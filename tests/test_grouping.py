@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import keyed, rewards, trajectory, trajectory_sets
 
-import cli
 import mmgrpo as G
 from program import STATUSES
+from run import cli
 
 VOTING = tuple(s for s in STATUSES if s != "tool_error")
 

@@ -11,11 +11,20 @@ from conftest import ROOT, make_model
 from test_loss import slow_loss
 from test_train import CONFIG, TASK, TASK_OF_FACTS
 
-import cli
 import mmgrpo as G
 import model as M
-from lora import TARGETS, LoRALinear, WithoutLoRA, add_lora, load_adapter, lora_layers, merged, save_adapter
+from lm.lora import (
+    TARGETS,
+    LoRALinear,
+    WithoutLoRA,
+    add_lora,
+    load_adapter,
+    lora_layers,
+    merged,
+    save_adapter,
+)
 from program import Completion, InputError
+from run import cli, loading
 
 LORA = dataclasses.replace(CONFIG, lora_rank=4, lora_alpha=8.0, lr=1e-2, warmup=0)
 IDS = torch.arange(3, 33)[None]
@@ -146,7 +155,7 @@ def test_a_run_with_lora_is_saved_resumed_and_loaded(tokenizer, tmp_path):
             G.train(TASK_OF_FACTS, model, tokenizer, config, tmp_path / name, stop=lambda: stops.pop(0))
         ends.append(model)
     assert all(map(torch.equal, M.trainable(ends[0]), M.trainable(ends[1])))
-    again, _ = cli.load_model(dataclasses.replace(config, model=str(tmp_path / "whole" / "last")))
+    again, _ = loading.load_model(dataclasses.replace(config, model=str(tmp_path / "whole" / "last")))
     with pytest.raises(InputError, match="is a LoRA adapter; merge it first"):      # not trained as if it were a whole model
         G.train(TASK_OF_FACTS, again, tokenizer, CONFIG, tmp_path / "whole")
     assert all(map(torch.equal, M.trainable(ends[0]), M.trainable(again)))
@@ -194,16 +203,16 @@ def test_the_base_of_an_adapter_is_found_where_models_are(tokenizer, tmp_path, m
     add_lora(model, 4, 8.0)
     save_adapter(model, tokenizer, tmp_path / "a", "some/lm")
     asked = []
-    monkeypatch.setattr(cli.huggingface_hub, "snapshot_download", lambda name, **_: asked.append(name) or str(tmp_path / "base"))
-    again, _ = cli.load_model(dataclasses.replace(CONFIG, model=str(tmp_path / "a")))
+    monkeypatch.setattr(loading.huggingface_hub, "snapshot_download", lambda name, **_: asked.append(name) or str(tmp_path / "base"))
+    again, _ = loading.load_model(dataclasses.replace(CONFIG, model=str(tmp_path / "a")))
     assert asked == ["some/lm"] and torch.equal(again(IDS), model(IDS))
     monkeypatch.chdir(tmp_path)
-    assert cli.fetch("tasks/tiny") == ROOT / "tasks" / "tiny" and cli.fetch("base").is_dir()
+    assert loading.fetch("tasks/tiny") == ROOT / "tasks" / "tiny" and loading.fetch("base").is_dir()
     def offline(name, **_):
         raise OSError("no network")
-    monkeypatch.setattr(cli.huggingface_hub, "snapshot_download", offline)
+    monkeypatch.setattr(loading.huggingface_hub, "snapshot_download", offline)
     with pytest.raises(InputError, match="--model some/other: is no folder here, and the hub gave none .OSError: no network.; offline, give"):
-        cli.fetch("some/other")
+        loading.fetch("some/other")
 
 
 def test_a_deep_copy_is_a_model_of_its_own():

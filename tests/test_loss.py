@@ -14,7 +14,7 @@ from strategies import trajectory, trajectory_sets
 from test_tree import pairs_seen
 
 import mmgrpo as G
-from lora import add_lora
+from lm.lora import add_lora
 from model import forest_parts, trainable
 from program import STATUSES, Completion
 

@@ -1,10 +1,10 @@
 """The exact gradient against the exact expectation of every estimator (tests/oracle.py prints all of it)."""
 import numpy as np
-import oracle
 import pytest
 import torch
 
 import mmgrpo as G
+from studies import oracle
 
 WORLD = oracle.World(1)
 

@@ -16,11 +16,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import ScriptedSampler
 
-from program import (ChainOfThought, Completion, Field, FormatError, InputError, LengthError, LMError, Module, Prediction, Program,
-                     ProgramError, Signature, ToolError, gather, parse, render, render_outputs, run_programs,
-                     tool)
-from prompt_files import load_prompts, save_prompts
-from report import FirstFailures, kind_of, show, statuses
+from program import (
+    ChainOfThought,
+    Completion,
+    Field,
+    FormatError,
+    InputError,
+    LengthError,
+    LMError,
+    Module,
+    Prediction,
+    Program,
+    ProgramError,
+    Signature,
+    ToolError,
+    gather,
+    parse,
+    render,
+    render_outputs,
+    run_programs,
+    tool,
+)
+from prompts.files import load_prompts, save_prompts
+from run.health import FirstFailures
+from run.terminal import kind_of, show, statuses
 
 # ---------------------------------------------------------------------------------------------- signatures, prompts
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from program import ChainOfThought, InputError, Module, Program
-from prompt_files import load_prompts, save_dspy, save_prompts
+from prompts.files import load_prompts, save_dspy, save_prompts
 
 
 class Nested(Program):

@@ -9,17 +9,28 @@ from conftest import make_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-import cli
 import mmgrpo as G
 import model as M
-import prompts as P
-import start as S
-from endpoint import Remote
-from lora import merged as merge
-from program import Call, Completion, InputError, Module, Prediction, Program, Task, ToolError, Trajectory, run_programs
-from prompt_files import difference, load_prompts, prompts_of, save_prompts
-from report import cost, read_metrics
-from tokenizer import CheckpointError
+from lm.endpoint import Remote
+from lm.lora import merged as merge
+from lm.tokenizer import CheckpointError
+from program import (
+    Call,
+    Completion,
+    InputError,
+    Module,
+    Prediction,
+    Program,
+    Task,
+    ToolError,
+    Trajectory,
+    run_programs,
+)
+from prompts import search as P
+from prompts import start as S
+from prompts.files import difference, load_prompts, prompts_of, save_prompts
+from run import cli, loading
+from run.records import cost, read_metrics
 
 
 class Two(Program):
@@ -408,8 +419,8 @@ def test_a_second_training_with_lora_starts_from_the_merged_first(tokenizer, tmp
     config = dataclasses.replace(SMALL, model=str(tmp_path / "start"), strategy="w -> p -> w", lora_rank=2, lr=0.01, warmup=0, eval_every=1)
     score = lambda e, p: float(len(scored.append(1) or scored))         # better and better: the last weights are the best
     scored = []
-    result = P.compose(loose(score), config, tmp_path, cli.load_model)
-    merged, base = M.load_pretrained(tmp_path / "3-w" / "base")[0], merge(cli.load_model(dataclasses.replace(config, model=str(tmp_path / "1-w/best")))[0])
+    result = P.compose(loose(score), config, tmp_path, loading.load_model)
+    merged, base = M.load_pretrained(tmp_path / "3-w" / "base")[0], merge(loading.load_model(dataclasses.replace(config, model=str(tmp_path / "1-w/best")))[0])
     assert all(torch.equal(a, b) for a, b in zip(merged.parameters(), base.parameters()))
     assert not torch.equal(merged.layers[0].mlp.up_proj.weight, start.layers[0].mlp.up_proj.weight)
     last = json.loads((tmp_path / "3-w/best/adapter_config.json").read_text())

@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-import cli
+from run import cli
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -46,6 +46,6 @@ def test_functions_that_the_readme_names_exist(name):
 
 
 def test_the_table_of_speeds_is_that_of_the_stored_figures():
-    import bench
+    from studies import bench
     stored = json.loads((ROOT / "results" / "bench.json").read_text())
     assert bench.table(stored["figures"]) in README

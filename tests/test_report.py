@@ -14,8 +14,9 @@ from strategies import trajectory, trajectory_sets
 
 import mmgrpo as G
 from program import Call, Completion
-from report import (collapsed, idle_steps, lenient_output, measure, nothing_to_learn, remarks, shorten, show, step_line,
-                    too_many_excluded, trial_line)
+from run.figures import measure
+from run.health import collapsed, idle_steps, nothing_to_learn, remarks, too_many_excluded
+from run.terminal import lenient_output, shorten, show, step_line, trial_line
 
 CONFIG = G.Config(max_tokens=48, max_calls=3)
 
@@ -50,7 +51,7 @@ def test_a_step_that_taught_nothing_says_why_and_which_option_would_help(runs, o
 
 
 def test_advice_names_options_that_there_are():
-    named = set(re.findall(r"--[a-z][a-z-]+", (ROOT / "report.py").read_text(encoding="utf-8")))
+    named = set(re.findall(r"--[a-z][a-z-]+", (ROOT / "run" / "health.py").read_text(encoding="utf-8")))
     there = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(G.Config)}
     assert len(named) > 10 and named <= there
 

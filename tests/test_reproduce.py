@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import reproduce as R
+from lm.tokenizer import CheckpointError
 from program import InputError
-from tokenizer import CheckpointError
+from studies import reproduce as R
 
 GAIN = {"vanilla": 0.3, "p": 0.4, "w": 0.5, "pw": 0.6, "w-equal": 0.55, "truncate": 0.41, "fill": 0.42, "k-diverse": 0.43, "trajectory": 0.44,
         "no-std": 0.45, "warm-start": 0.46}

@@ -11,16 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import trajectory
 
-import cli
 import mmgrpo as G
 import model as M
-import prompts as P
-import start as S
+from lm.tokenizer import CheckpointError
 from program import Completion, InputError, Module, Prediction, Program, Task, parse, render_outputs
-from prompt_files import load_prompts, prompts_of
-from report import cost, read_metrics
+from prompts import search as P
+from prompts import start as S
+from prompts.files import load_prompts, prompts_of
+from run import cli
+from run.records import cost, read_metrics
 from tasks import banking77, hover, papillon
-from tokenizer import CheckpointError
 
 
 class Two(Program):

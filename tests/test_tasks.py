@@ -11,9 +11,10 @@ from conftest import ROOT
 from strategies import ScriptedSampler
 
 from program import InputError, Module, Prediction, Program, parse, render_outputs, run_programs
-from start import labelled_demos
-from tasks import banking77, hover, papillon, pretrain, pretrain_banking77, pretrain_hotpotqa
-from tasks.world import WORDS, Names, half_of
+from prompts.start import labelled_demos
+from studies import pretrain, pretrain_banking77, pretrain_hotpotqa
+from tasks import banking77, hover, papillon
+from tasks.data.world import WORDS, Names, half_of
 
 TASKS = {"hover": hover, "banking77": banking77, "papillon": papillon}
 words = lambda text: set(re.findall(r"[A-Za-z_]+", text))
@@ -277,7 +278,7 @@ def test_published_data_is_fetched_checked_and_refused_by_name(tmp_path):
     import http.server
     import threading
 
-    from tasks.data import download
+    from studies.download import download
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "good.csv").write_text("text,category")
     (tmp_path / "there" / "bad.csv").write_text("something else")

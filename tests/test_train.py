@@ -18,12 +18,13 @@ from conftest import ROOT, make_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-import cli
 import mmgrpo as G
 import model as M
-from lora import add_lora
+from lm.lora import add_lora
 from program import InputError, Module, Prediction, Program, ProgramError, Task, tool
-from report import ParityError, StoppedError
+from run import cli, loading
+from run.figures import ParityError
+from run.health import StoppedError
 
 
 class Pair(Program):
@@ -337,7 +338,7 @@ def test_the_paper_settings_are_options():
 
 def test_the_shipped_lm_learns_in_a_few_steps(tiny, tokenizer):
     """Three steps of banking77 with the tiny LM raise the reward on the examples trained on."""
-    task, config = cli.load_task({"task": "banking77"})[0], G.Config(max_tokens=48, max_calls=1, examples=8, rollouts=8, warmup=0, lr=1e-3)
+    task, config = loading.load_task({"task": "banking77"})[0], G.Config(max_tokens=48, max_calls=1, examples=8, rollouts=8, warmup=0, lr=1e-3)
     model, _ = M.load_pretrained(ROOT / "tasks" / "tiny")
     task.train = task.train[:8]
     optimizer, _ = G.prepare(model, config)
@@ -563,7 +564,7 @@ def test_scores_are_not_lost_on_a_name_that_no_file_can_have(run, tmp_path):
 
 def test_report_names_a_damaged_file(run):
     _, _, _, folder = run("train", "--steps", "1")
-    table = lambda: subprocess.run([sys.executable, ROOT / "report.py", folder], capture_output=True, text=True)
+    table = lambda: subprocess.run([sys.executable, "-m", "run.compare", folder], cwd=ROOT, capture_output=True, text=True)
     assert table().stdout.count("|") > 20
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "rew')

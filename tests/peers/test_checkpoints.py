@@ -15,14 +15,14 @@ import torch
 import transformers
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "peers")]
-import cli  # noqa: E402
-import model as M  # noqa: E402
-from endpoint import Endpoint  # noqa: E402
-from lora import add_lora, load_adapter, lora_layers, merged, save_adapter  # noqa: E402
-from program import parse, run_programs  # noqa: E402
-from test_model import write_tokenizer  # noqa: E402
-from test_peers import LLAMA3, SHAPE  # noqa: E402
+from test_model import write_tokenizer
+from test_peers import LLAMA3, SHAPE
+
+import model as M
+from lm.endpoint import Endpoint
+from lm.lora import add_lora, load_adapter, lora_layers, merged, save_adapter
+from program import parse, run_programs
+from run import cli, loading
 
 TINY = ROOT / "tasks" / "tiny"
 small = SHAPE | dict(vocab_size=2048, max_position_embeddings=4096)
@@ -97,7 +97,7 @@ load = lambda data: Task(Say(), lambda e, p: random.random(), [{"text": "a"}, {"
 """)
     arguments = ["train", "--task", str(task), "--model", str(checkpoint), "--out", str(out), *flags, *["--lora-rank", str(lora)] * bool(lora)]
     assert cli.main(arguments) == 0
-    model, _ = cli.load_model(cli.Config(model=str(out / "last")))
+    model, _ = loading.load_model(cli.Config(model=str(out / "last")))
     theirs = peft.PeftModel.from_pretrained(theirs_of(checkpoint), out / "last").eval() if lora else theirs_of(out / "last")
     ids = torch.arange(3, 60)[None]
     with torch.no_grad():

@@ -9,7 +9,6 @@ models/SmolLM2-135M-Instruct.
 """
 import os
 import random
-import sys
 import unicodedata
 from pathlib import Path
 
@@ -18,10 +17,10 @@ import torch
 import transformers
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "peers")]
-import model as M  # noqa: E402
-from gguf_files import KINDS, SPLITS, make  # noqa: E402
-from tokenizers import pre_tokenizers  # noqa: E402
+from gguf_files import KINDS, SPLITS, make
+from tokenizers import pre_tokenizers
+
+import model as M
 
 REAL = sorted((ROOT / "models").glob("*.gguf"))
 if "GGUF" in os.environ:

@@ -1,7 +1,6 @@
 """Against the libraries themselves: `make test-peers`. transformers for the model, DSPy for prompts and groups, TRL for the loss."""
 import json
 import random
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Literal
@@ -10,18 +9,17 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "peers")]
-import dspy  # noqa: E402
-import dspy_grouping  # noqa: E402
-import reference  # noqa: E402
-import transformers  # noqa: E402
-import trl_loss  # noqa: E402
-from dspy.adapters.utils import parse_value  # noqa: E402
-from dspy.adapters.xml_adapter import XMLAdapter  # noqa: E402
+import dspy
+import dspy_grouping
+import reference
+import transformers
+import trl_loss
+from dspy.adapters.utils import parse_value
+from dspy.adapters.xml_adapter import XMLAdapter
 
-import model as M  # noqa: E402
-import program as P  # noqa: E402
-from prompt_files import load_prompts, save_dspy  # noqa: E402
+import model as M
+import program as P
+from prompts.files import load_prompts, save_dspy
 
 # ---------------------------------------------------------------------------------------------------- transformers
 

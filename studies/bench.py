@@ -1,6 +1,6 @@
 """How fast, against the libraries a user would otherwise pick: the same model, prompts and work in the same run, alternating.
 
-    python tests/bench.py [FIGURE …]        # `make bench`; prints a table and writes results/bench.json
+    python -m studies.bench [FIGURE …]        # `make bench`; prints a table and writes results/bench.json
     (a second table, of a real LM at real work, is made by bench_real.py: `make bench REAL=1 DATA=…`)
 
 The LM is the one in tasks/tiny (1.1M parameters, Qwen3, width 128, 4 layers, vocabulary 2,048), in fp32. Unless said otherwise: 4
@@ -26,18 +26,17 @@ from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
+import numpy as np
+import torch
+import torch.nn.functional as F
 
-import mmgrpo as G  # noqa: E402
-from cli import load_task  # noqa: E402
-from model import load_pretrained  # noqa: E402
-from program import Completion, FormatError, Module, Prediction, Program, Task  # noqa: E402
-from tasks import banking77  # noqa: E402
+import mmgrpo as G
+from model import load_pretrained
+from program import Completion, FormatError, Module, Prediction, Program, Task
+from run.loading import load_task
+from tasks import banking77
 
 TINY, OUT = ROOT / "tasks" / "tiny", ROOT / "results" / "bench.json"
 PROMPTS, ROLLOUTS, LENGTH = 4, 8, 64
@@ -90,7 +89,7 @@ def race(times: int, **cases: str) -> dict[str, tuple[float, float]]:
     return {name: (statistics.median(a["seconds"] for a in answers[1:]), answers[-1]["peak"]) for name, answers in found.items()}
 
 
-def rounds(times: int, cases: dict[str, str], script: str = __file__) -> dict[str, list[dict]]:
+def rounds(times: int, cases: dict[str, str], module: str = "studies.bench") -> dict[str, list[dict]]:
     """Each case, an expression of `script` that gives a function, in a process of its own; they run by turns, `times` times ->
     what each answered (see `work`) every time. However it ends, no process is left, nor a temporary file of theirs."""
     workers: dict[str, subprocess.Popen] = {}
@@ -102,7 +101,7 @@ def rounds(times: int, cases: dict[str, str], script: str = __file__) -> dict[st
             raise RuntimeError(f"{worker.args[-1]} ended") from None
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as ends:
         for name, case in cases.items():
-            w = workers[name] = subprocess.Popen([sys.executable, script, f"--worker={case}"], stdin=subprocess.PIPE,
+            w = workers[name] = subprocess.Popen([sys.executable, "-m", module, f"--worker={case}"], stdin=subprocess.PIPE,
                                                  stdout=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": folder})
             ends.callback(w.communicate)                    # the last first: killed, then waited for
             ends.callback(w.kill)
@@ -157,6 +156,7 @@ def trl_trainer(model, tokenizer, prompts, reward, folder, steps, lr=1e-4, lengt
 def step_by_step(trainer):
     """A function that makes one step of TRL's trainer, which runs in a thread of its own that waits between steps."""
     import threading
+
     from transformers import TrainerCallback
     go, done, failed = threading.Semaphore(0), threading.Semaphore(0), []
     class Wait(TrainerCallback):
@@ -439,6 +439,7 @@ def our_time_to_score(seed: int, limit: int = 40) -> float:
 
 def trl_time_to_score(seed: int, limit: int = 40) -> float:
     from transformers import AutoTokenizer, TrainerCallback
+
     from program import parse
     task, config = load_task({"task": "banking77", "seed": seed, "model": str(TINY)})
     (model, tokenizer), peer = load_pretrained(TINY), theirs()

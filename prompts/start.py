@@ -14,13 +14,13 @@ import json
 import random
 from pathlib import Path
 
-from checkpoint import same_options
-from config import Config
+from lm.tokenizer import read_json
 from mmgrpo import READABLE, play
 from program import InputError, Module, Program, Task
-from prompt_files import kept_options, write_json
-from report import statuses
-from tokenizer import read_json
+from prompts.files import kept_options, write_json
+from run.config import Config
+from run.state import same_options
+from run.terminal import statuses
 
 PROBE = 16                  # training examples that each candidate is run on once
 CANDIDATES = 2, 4, 8        # demonstrations per module

@@ -25,16 +25,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import same_options
-from cli import load_model, load_task
+from lm.tokenizer import CheckpointError, read_json
 from mmgrpo import play
 from program import InputError
-from prompt_files import write_json, write_whole
-from prompts import affordable, rollouts
-from report import half_width, interval, lenient_output, read_lines
-from tokenizer import CheckpointError, read_json
+from prompts.files import write_json, write_whole
+from prompts.search import affordable, rollouts
+from run.compare import half_width, interval
+from run.loading import load_model, load_task
+from run.records import read_lines
+from run.state import same_options
+from run.terminal import lenient_output
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent.parent
 TASKS = ("banking77", "papillon", "hover")
 DATA = {"banking77": "banking77", "papillon": "pupa", "hover": "hotpotqa"}      # folders that `make data` makes
 ARMS = {"vanilla": "vanilla", "p": "prompts", "w": "weights", "pw": "prompts, then weights", "w-equal": "weights, as many rollouts as both"}
@@ -359,7 +361,7 @@ def main() -> None:
     finally:
         begun["seconds"] += time.time() - began
         write_json(args.out / "study.json", begun)
-    text = ledger(study, " ".join(["python", "reproduce.py", *sys.argv[1:]]), begun["commit"], begun["seconds"])
+    text = ledger(study, " ".join(["python", "-m", "studies.reproduce", *sys.argv[1:]]), begun["commit"], begun["seconds"])
     write_whole(path, text + kept)
     figures(study, args.results)
     print(text)

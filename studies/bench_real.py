@@ -1,7 +1,7 @@
 """How fast at real work: SmolLM2-135M-Instruct on Banking77 and HotpotQA, beside TRL and transformers with the same LM.
 
     make smollm2                                            # the LM, to models/
-    make bench REAL=1 DATA=data                             # python tests/bench_real.py --data data [FIGURE …]
+    make bench REAL=1 DATA=data                             # python -m studies.bench_real --data data [FIGURE …]
 
 DATA is a folder with banking77/ (train.csv, categories.json) and, for real_step_hover, hotpotqa/ (corpus.jsonl, questions.jsonl).
 The figures stand beside those of bench.py in results/bench.json, with the same fields.
@@ -29,17 +29,17 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import bench
 import torch
-from bench import ROOT
 
 import mmgrpo as G
-from cli import load_model, load_task
-from config import Config
 from lm.smollm2 import FOLDER
 from model import ModelConfig, Tokenizer
 from program import InputError, Task
-from start import add_demos, labelled_demos, without_shown
+from prompts.start import add_demos, labelled_demos, without_shown
+from run.config import Config
+from run.loading import load_model, load_task
+from studies import bench
+from studies.bench import ROOT
 
 EXAMPLES, ROLLOUTS, DEMOS = 4, 8, 4
 STEPS = 3                   # steps of ours that count; one before them does not
@@ -201,7 +201,7 @@ def their_decoding(place: Place, length: int = DECODED):
 # ------------------------------------------------------------------------------------------------------------ figures
 
 def rounds(times: int, **cases: str) -> dict[str, list[dict]]:
-    return bench.rounds(times, cases, __file__)
+    return bench.rounds(times, cases, "studies.bench_real")
 
 
 @functools.cache

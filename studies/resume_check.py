@@ -3,7 +3,7 @@
 Trains a small program twice from the same start: once in peace, once killed with SIGKILL at random moments (while it
 samples, updates, evaluates or saves) and started again with the same command, until it has been killed KILLS times.
 
-    python tests/resume_check.py [KILLS]        # default 50
+    python -m studies.resume_check [KILLS]        # default 50
 """
 import json
 import random

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lm.tokenizer import CheckpointError, Tokenizer, read_json
 from model import Transformer, load_pretrained
 from program import InputError
-from tokenizer import CheckpointError, Tokenizer, read_json
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

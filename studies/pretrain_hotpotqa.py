@@ -1,7 +1,7 @@
 """A small LM from scratch for many-hop search in HotpotQA's articles, and the task that trains it further.
 
-    python tasks/pretrain_hotpotqa.py DATA OUT [--steps 1600]
-    python mmgrpo.py train --task tasks/pretrain_hotpotqa.py --data DATA --model OUT
+    python -m studies.pretrain_hotpotqa DATA OUT [--steps 1600]
+    python mmgrpo.py train --task studies/pretrain_hotpotqa.py --data DATA --model OUT
 
 The LM learns from scripted runs of hover's program on made-up questions. The articles that a question of train, dev or test
 rests on are left out: they are neither searched nor asked for. A script answers well or badly by chance, as for the tiny LM.
@@ -10,16 +10,15 @@ A search gives one article, of which the LM reads the first 60 words; all of it 
 import argparse
 import random
 import re
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import ModelConfig, Transformer
 from program import Prediction, Task
-from tasks import hover, pretrain
+from studies import pretrain
+from tasks import hover
 
 WORDS, GOOD = 60, 0.45      # words that are read of an article; the chance of a good answer
 STARTS = set("what which who whose when where how are were is was do did does in on at of for it he she his her they this that "

@@ -8,7 +8,7 @@ very functions that train (group_calls, advantages, weigh). What remains is bias
 A second table is of a sampler whose probabilities are not quite those of the policy that is trained, as with bf16: what
 that does to the one unbiased estimator, and what --correction takes back.
 
-    python tests/oracle.py [R]          # default 3
+    python -m studies.oracle [R]          # default 3
 """
 import itertools
 import math
@@ -16,14 +16,12 @@ import random
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import mmgrpo as G  # noqa: E402
-from program import Call, Completion, Trajectory  # noqa: E402
+import mmgrpo as G
+from program import Call, Completion, Trajectory
 
 END, TOKENS, LIMIT = 2, 3, 2
 CONTEXTS = ("ask", "note after 0", "note after 1", "note again")        # prompts; ask's answer and the invocation tell them

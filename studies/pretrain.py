@@ -11,7 +11,6 @@ import copy
 import json
 import random
 import re
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +22,10 @@ import torch.nn.functional as F
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import ModelConfig, Tokenizer, Transformer, inverse_frequencies, save_pretrained
 from program import Module, Prediction, Program, current_run, render_outputs
 from tasks import banking77, hover, papillon
-from tasks.world import WORDS, Names
+from tasks.data.world import WORDS, Names
 
 # ------------------------------------------------------------------------------------------------ scripted answers
 
@@ -386,7 +384,7 @@ def main(out: Path, steps: int, tokens: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent.parent / "tasks" / "tiny")
     parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--tokens", type=int, default=8192, help="per step")
     main(**vars(parser.parse_args()))

@@ -5,7 +5,6 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
-import importlib.util
 import json
 import math
 import re
@@ -16,99 +15,32 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
-import huggingface_hub
 import torch
 
 import mmgrpo
-from checkpoint import FREE, read_state, same_options, states, step_of
+from lm.lora import lora_layers, merged
+from lm.tokenizer import read_json
 from mmgrpo import Config, advantages, evaluate, group_calls, play, policy_loss, weigh
-from lora import load_adapter, lora_layers, merged
-from model import CheckpointError, Tokenizer, Transformer, load_pretrained, save_pretrained
-from program import STATUSES, Call, Completion, InputError, ProgramError, Task, ToolError, Trajectory
-from prompt_files import load_prompts, write_json
-from prompts import compose, plan
-from report import (FirstFailures, ParityError, StoppedError, expected_of, lenient_output, measure,
-                    read_metrics, show)
-from start import add_demos, labelled_demos, without_shown
-from tokenizer import read_json
-
-
-def load_task(options: dict) -> tuple[Task, Config]:
-    """The task that the options name (a file of tasks/, or any Python file with a function load(data)), and every option: the
-    given ones, then the task's own defaults, then Config's."""
-    config = Config(**options)
-    path = Path(config.task if config.task.endswith(".py") else Path(__file__).parent / "tasks" / f"{config.task}.py")
-    if not path.is_file():
-        raise InputError(f"--task {config.task}: no such task ({path}; hover, banking77 and papillon are in tasks/)")
-    spec = importlib.util.spec_from_file_location(f"task_{path.stem}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    task = module.load(config.data) if callable(getattr(module, "load", None)) else None
-    if not isinstance(task, Task):
-        raise InputError(f"--task {config.task}: {path} has no function load(data) that returns a Task")
-    types = {f.name: f.type for f in dataclasses.fields(Config)}
-    for name, value in task.defaults.items():
-        if types.get(name) != type(value).__name__:
-            raise InputError(f"--task {config.task}: its default for {name!r}: expected {types.get(name, 'a field of Config')}, "
-                             f"found {value!r}")
-    config = Config(**(task.defaults | options))
-    if config.prompts:
-        load_prompts(task.program, config.prompts)
-    return task, config
-
-
-def load_model(config: Config) -> tuple[Transformer, Tokenizer]:
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise InputError(f"--device {device}: {e}") from None
-    path, dtype = fetch(config.model), None if config.dtype == "auto" else getattr(torch, config.dtype)
-    if (path / "adapter_config.json").is_file():
-        model, tokenizer = load_adapter(path, device, dtype, fetch)
-    else:
-        model, tokenizer = load_pretrained(path, device, dtype)
-    model.checkpointing = config.checkpointing
-    return model, tokenizer
-
-
-def fetch(name: str) -> Path:
-    """The folder of a checkpoint, or FILE.gguf: one that is there, or a download of that name from
-    the Hugging Face hub, which is kept."""
-    for path in (Path(name), Path(__file__).parent / name):
-        if path.is_dir():
-            return checkpoint_in(path, name)
-        if path.is_file() and path.suffix == ".gguf":
-            return path
-    if name.endswith(".gguf") or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        return Path(name)                                   # read, and refused, as a file or folder
-    try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
-    except Exception as e:                                  # no network, no such name, no permission: many classes
-        raise InputError(f"--model {name}: is no folder here, and the hub gave none ({type(e).__name__}: {str(e).split(chr(10))[0]}); "
-                         "offline, give a folder with config.json, tokenizer.json and *.safetensors") from None
-
-
-def checkpoint_in(folder: Path, name: str) -> Path:
-    """The folder. Raises InputError where it is that of a run, naming the checkpoint in it."""
-    best = [p for p in (folder / "best", *sorted(folder.glob("*-w/best"))) if p.is_dir()]
-    if best and not [*folder.glob("*.safetensors")]:
-        raise InputError(f"--model {name}: is the folder of a run; its checkpoint is {best[-1]}")
-    return folder
-
-
-def decoder(tokenizer: Tokenizer, config: Config):
-    """What turns prompt ids into the text that the LM was given; None without --show-prompts."""
-    if not config.show_prompts:
-        return None
-    return lambda ids: tokenizer.tokenizer.decode(ids, skip_special_tokens=False)
-
-
-def split_of(task: Task, split: str, config: Config) -> list[dict]:
-    """The examples of a split, without those that are demonstrations in the prompts."""
-    if not getattr(task, split):
-        raise InputError(f"--task {config.task}: its {split} split is empty")
-    return getattr(without_shown(task), split)
+from model import CheckpointError, save_pretrained
+from program import (
+    STATUSES,
+    Call,
+    Completion,
+    InputError,
+    ProgramError,
+    Task,
+    ToolError,
+    Trajectory,
+)
+from prompts.files import load_prompts, write_json
+from prompts.search import compose, plan
+from prompts.start import add_demos, labelled_demos, without_shown
+from run.figures import ParityError, measure
+from run.health import FirstFailures, StoppedError
+from run.loading import decoder, load_model, load_task, split_of
+from run.records import read_metrics
+from run.state import FREE, read_state, same_options, states, step_of
+from run.terminal import expected_of, lenient_output, show
 
 
 def folder_of(config: Config) -> Path:

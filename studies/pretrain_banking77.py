@@ -1,12 +1,12 @@
 """A small LM from scratch for the real Banking77: demonstrations of its one module, from queries that no split has.
 
-    python tasks/pretrain_banking77.py DATA OUT [--steps 600]
+    python -m studies.pretrain_banking77 DATA OUT [--steps 600]
 
 A BPE tokenizer and a 1.1M-parameter Qwen3 are made from 4,000 of the queries in DATA/train.csv, those after the 1,250 of train, dev
 and test. A demonstration is the module's own prompt and the answer in its format. The 77 labels stand in every prompt, so
 a batch is one tree: what all prompts share is forwarded once.
 
-As a task (--task tasks/pretrain_banking77.py --data DATA --model OUT) it trains on the queries that come after the demonstrations; dev
+As a task (--task studies/pretrain_banking77.py --data DATA --model OUT) it trains on the queries that come after the demonstrations; dev
 and test are those of the task banking77.
 """
 import argparse
@@ -14,17 +14,16 @@ import dataclasses
 import json
 import math
 import random
-import sys
 import time
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mmgrpo as G
 from model import ModelConfig, Transformer, save_pretrained
 from program import Completion, Task, render_outputs
-from tasks import banking77, pretrain
+from studies import pretrain
+from tasks import banking77
 
 BATCH, DEMONSTRATIONS = 64, 4000
 

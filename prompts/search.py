@@ -22,16 +22,25 @@ from typing import Callable
 
 from tqdm import tqdm
 
-from checkpoint import same_options, states, step_of
-from endpoint import Endpoint, Remote
-from lora import lora_layers, merged
+from lm.endpoint import Endpoint, Remote
+from lm.lora import lora_layers, merged
+from lm.tokenizer import read_json
 from mmgrpo import Config, Sampler, check_sampling, evaluate, play, train
 from model import save_pretrained
 from program import InputError, Module, Prediction, Program, Task, Trajectory, run_programs
-from prompt_files import difference, kept_options, prompts_of, save_dspy, save_prompts, set_prompts, write_json
-from report import cost, read_lines, trial_line
-from start import begin, demonstrations, is_json, most_rollouts, without_shown
-from tokenizer import read_json
+from prompts.files import (
+    difference,
+    kept_options,
+    prompts_of,
+    save_dspy,
+    save_prompts,
+    set_prompts,
+    write_json,
+)
+from prompts.start import begin, demonstrations, is_json, most_rollouts, without_shown
+from run.records import cost, read_lines
+from run.state import same_options, states, step_of
+from run.terminal import trial_line
 
 
 # --------------------------------------------------------------------------------------------------- demonstrations
