@@ -10,6 +10,7 @@ from conftest import ROOT
 from run import cli
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_the_program_of_the_readme_trains(tmp_path, capsys):
@@ -23,20 +24,48 @@ def test_the_program_of_the_readme_trains(tmp_path, capsys):
     assert calls["made"] >= 8
 
 
-def test_the_group_command_prints_what_the_readme_shows(monkeypatch, capsys):
-    given, shown = re.search(r"echo '(\{.*?\})' \| python mmgrpo.py group -\n(.*?)\n```", README, re.S).groups()
+def test_the_python_of_the_programs_page_runs(tmp_path, monkeypatch, capsys):
+    modules, by_hand = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "programs.md").read_text(), re.S)
+    exec(modules, {})
+    exec(by_hand.replace('"runs/by-hand"', repr(str(tmp_path))), {})
+    assert "classify [0]" in capsys.readouterr().out and (tmp_path / "last").is_dir()
+
+
+def test_the_group_command_prints_what_the_page_shows(monkeypatch, capsys):
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    pattern = r"echo '(\{.*?\})' \| python mmgrpo.py group -\n(.*?)\n```"
+    given, shown = re.search(pattern, page, re.S).groups()
     monkeypatch.setattr(sys, "stdin", io.StringIO(given))
     assert cli.main(["group", "-"]) == 0 and json.loads(capsys.readouterr().out) == json.loads(shown)
 
 
-def test_files_options_and_names_of_the_readme_exist():
-    for path in re.findall(r"\b(?:tests|tasks|results)/[\w./]+\w", README):
+def test_the_four_runs_of_the_readme_have_the_numbers_of_its_table(capsys):
+    assert cli.main(["group", str(ROOT / "docs" / "four_runs.json")]) == 0
+    wanted = []
+    for group in json.loads(capsys.readouterr().out)["groups"]:
+        for member in group["members"]:
+            advantage, weight = round(member["advantage"], 4), round(member["weight"], 4)
+            wanted.append((f"{group['module']}[{group['invocation']}]", member["rollout"], advantage, weight))
+    shown, name = [], ""
+    for line in README[README.index("| group | run |"):].split("\n\n")[0].splitlines()[2:]:
+        cells = [cell.strip().replace("−", "-") for cell in line.strip("|").split("|")]
+        name = cells[0] or name
+        shown.append((name, int(cells[1]), float(cells[4]), float(cells[5].split()[-1])))
+    assert len(shown) == 9 and sorted(shown) == sorted(wanted)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_options_links_and_targets_of_a_page_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for path in re.findall(r"(?<![\w/])(?:tests|tasks|results|docs|run|prompts|lm|studies)/[\w./-]+\w", text):
         assert (ROOT / path).exists(), path
+    for link in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (page.parent / link).exists(), link
     fields = {"--help"} | {f"--{f.replace('_', '-')}" for f in cli.Config.__dataclass_fields__}
-    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)):
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)):
         assert flag in fields, flag
     targets = re.findall(r"^([a-z0-9 -]+):", (ROOT / "Makefile").read_text(), re.M)
-    for target in set(re.findall(r"(?:`|^)make ([a-z0-9-]+)", README, re.M)):
+    for target in set(re.findall(r"(?:`|^)make ([a-z0-9-]+)", text, re.M)):
         assert any(target in t.split() for t in targets), target
 
 
@@ -48,4 +77,4 @@ def test_functions_that_the_readme_names_exist(name):
 def test_the_table_of_speeds_is_that_of_the_stored_figures():
     from studies import bench
     stored = json.loads((ROOT / "results" / "bench.json").read_text())
-    assert bench.table(stored["figures"]) in README
+    assert bench.table(stored["figures"]) in (ROOT / "docs" / "speed.md").read_text()
