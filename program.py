@@ -46,7 +46,7 @@ from xml.sax.saxutils import unescape
 log = logging.getLogger("mmgrpo")
 
 
-# --------------------------------------------------------------------------------------- failures
+# ----------------------------------------------------------------------------------------- failures
 class InputError(ValueError):
     """Something given from outside that cannot be used: a signature, an option, a file.
 
@@ -94,7 +94,7 @@ class LMError(FormatError):
 BUGS = (TypeError, AttributeError, LookupError, NameError, AssertionError, ImportError)
 
 
-# ------------------------------------------------------------------------------------- signatures
+# --------------------------------------------------------------------------------------- signatures
 TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list[str]": list}
 
 
@@ -213,7 +213,7 @@ class Signature:
         return f"Given the fields {given}, produce the fields {wanted}."
 
 
-# ------------------------------------------------------- the XML adapter: fields to chat messages
+# --------------------------------------------------------- the XML adapter: fields to chat messages
 def _escaped(value: Any) -> str:
     """A value as text in which nothing can be taken for a tag."""
     return str(value).replace("&", "&amp;").replace("<", "&lt;")
@@ -362,7 +362,7 @@ def render(
     return [system, *_demo_messages(signature, demos), question]
 
 
-# ----------------------------------------------------------------- the XML adapter: text to fields
+# ------------------------------------------------------------------ the XML adapter: text to fields
 # what may stand around a label, and what after it
 AROUND = " \t\r\n'\"`“”‘’«»()[]{}*"
 AFTER = ".,;:!?"
@@ -480,7 +480,7 @@ def parse(signature: Signature, text: str) -> dict:
     return values
 
 
-# ---------------------------------------------------------------------------------------- records
+# ------------------------------------------------------------------------------------------ records
 @dataclass(frozen=True)
 class Completion:
     """What the LM was given and what it sampled, untouched until the loss.
@@ -571,7 +571,7 @@ class Trajectory:
         return math.isfinite(self.reward)
 
 
-# --------------------------------------------------------------------- modules, tools and programs
+# ---------------------------------------------------------------------- modules, tools and programs
 class Prediction(dict):
     """Named values, read as attributes: what calls and programs return.
 
@@ -793,7 +793,7 @@ class Task:
     demonstrate: Callable[[dict], dict[str, list[dict]]] | None = None
 
 
-# ----------------------------------------------------------------------------------------- driver
+# ------------------------------------------------------------------------------------------- driver
 # uses of tools that a run has for each LM call of its limit
 TOOLS_PER_CALL = 100
 
