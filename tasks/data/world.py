@@ -1,19 +1,34 @@
 """Names of the miniature world: two invented words each, in two halves that share no name.
 
-The tiny LM's pretraining text is written with names of the half "pretrain", the tasks' train, dev and test examples
-with names of the half "task": it knows every word, and none of the names it will meet.
+The tiny LM's pretraining text is written with names of the half "pretrain", the tasks' train, dev
+and test examples with names of the half "task": it knows every word, and none of the names it will
+meet.
 """
+
 import random
 import zlib
 
+CONSONANTS = "bdfghjklmnprstvz"
+VOWELS = "aeiou"
+ENDINGS = "klmnr"
+
+
+def _word(rng: random.Random) -> str:
+    """A pronounceable word of five letters. Example: Bafek"""
+    first = rng.choice(CONSONANTS.upper()) + rng.choice(VOWELS)
+    second = rng.choice(CONSONANTS) + rng.choice(VOWELS)
+    return first + second + rng.choice(ENDINGS)
+
 
 def _words(count: int = 500) -> list[str]:
-    """Pronounceable words of five letters, the same ones always."""
-    rng, found = random.Random("words"), {}
+    """Different words, the same ones always."""
+    rng = random.Random("words")
+    found: list[str] = []
     while len(found) < count:
-        found["".join(rng.choice("BDFGHJKLMNPRSTVZ" if i == 0 else "bdfghjklmnprstvz") + rng.choice("aeiou")
-                      for i in range(2)) + rng.choice("klmnr")] = True
-    return list(found)
+        word = _word(rng)
+        if word not in found:
+            found.append(word)
+    return found
 
 
 WORDS = _words()
@@ -26,8 +41,11 @@ def half_of(name: str) -> str:
 
 class Names:
     """A supply of names of one half, each given once."""
+
     def __init__(self, rng: random.Random, half: str):
-        self.rng, self.half, self.given = rng, half, set()
+        self.rng = rng
+        self.half = half
+        self.given: set[str] = set()
 
     def __call__(self) -> str:
         while True:
