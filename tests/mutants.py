@@ -79,7 +79,7 @@ MUTANTS = [
     ("off, LoRA is not there", "lm/lora.py", "        if self.on:", "        if True:", "lora"),
     ("LoRA's dropout is in the update alone", "lm/lora.py", "training=torch.is_grad_enabled() and self.dropout > 0", "training=self.dropout > 0", "lora"),
     ("the key of an endpoint is not told", "lm/endpoint.py", 'text.replace(key, "***") if key else text', "text", "endpoint"),
-    ("an endpoint's answers are kept apart by server and options", "lm/endpoint.py", "json.dumps([self.url, body], sort_keys=True)", "json.dumps(messages)", "endpoint"),
+    ("an endpoint's answers are kept apart by server and options", "lm/endpoint.py", "json.dumps([self.url, body], sort_keys=True)", "json.dumps(body['messages'])", "endpoint"),
     ("an answer that comes in drops must be whole in time", "lm/endpoint.py", "if time.monotonic() - began > self.timeout:", "if False:", "endpoint"),
     # groups and advantages
     ("groups are keyed by invocation", "mmgrpo.py", "places[module, k][i] = (c,)", "places[module, 0][i] = (c,)", "grouping"),
@@ -119,9 +119,9 @@ MUTANTS = [
         _need(isinstance(told, dict)""", "prompt_files program"),
     ("saved prompts keep the descriptions", "prompts/files.py", '{f.name: f.description for f in _fields(m) if f.description}', "{}", "prompt_files"),
     # the model
-    ("text of users never becomes a control token", "lm/tokenizer.py", 'self.plain.encode(text.encode(', 'self.tokenizer.encode(text.encode(', "model"),
-    ("contents cannot forge the template's tokens", "lm/tokenizer.py", 'm | {"content": disarm(m["content"])}', "m", "model"),
-    ("exactly one BOS", "lm/tokenizer.py", ".decode(), add_special_tokens=False).ids", ".decode()).ids", "model"),
+    ("text of users never becomes a control token", "lm/tokenizer.py", 'self.plain.encode(whole', 'self.tokenizer.encode(whole', "model"),
+    ("contents cannot forge the template's tokens", "lm/tokenizer.py", 'm | {"content": self._disarm(m["content"], mark)}', "m", "model"),
+    ("exactly one BOS", "lm/tokenizer.py", "(whole, add_special_tokens=False).ids", "(whole).ids", "model"),
     ("templates are sandboxed", "lm/tokenizer.py", "jinja2.sandbox.ImmutableSandboxedEnvironment(", "jinja2.Environment(", "model"),
     ("the past does not see the future", "model.py", "is_causal=mask is None", "is_causal=False", "model"),
     ("decoding with the cache equals the whole sequence", "model.py", "unseen = torch.arange(longest, device=end.device) > end[:, None]", "unseen = torch.arange(longest, device=end.device) >= end[:, None].clamp(min=1)", "tree"),
@@ -136,7 +136,7 @@ MUTANTS = [
     ("Qwen3 has q/k norms", "model.py", 'qk_norm=family == "qwen3"', "qk_norm=False", "model"),
     ("tensors must all be known", "model.py", "sorted(wanted.keys() ^ tensors.keys())", "sorted(wanted.keys() - tensors.keys())", "model"),
     ("tensors must have their shape", "model.py", "found.shape != like.shape or ", "", "model"),
-    ("every file's end tokens count", "lm/tokenizer.py", "for c in others]", "for c in others[:1]]", "model"),
+    ("every file's end tokens count", "lm/tokenizer.py", "(generation, config))", "(generation,))", "model"),
     ("a tied head that differs is refused", "model.py", "if not torch.equal(head, embedding):", "if False:", "model"),
     # files of format GGUF
     ("rows of q and k are put in our order", "lm/gguf.py", "return pairs.transpose(1, 2).flatten(0, 2)", "return pairs.flatten(0, 2)", "gguf"),
