@@ -10,12 +10,13 @@ sliding windows, files in several parts or of the other byte order.
 
 Source of the format: github.com/ggml-org/ggml, docs/gguf.md.
 """
+
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import safetensors
@@ -35,8 +36,10 @@ from model import (
 try:
     import gguf
 except ImportError:
-    raise CheckpointError("files of format GGUF are read with the library gguf, which is not "
-                          "installed here: .venv/bin/pip install gguf") from None
+    raise CheckpointError(
+        "files of format GGUF are read with the library gguf, which is not "
+        "installed here: .venv/bin/pip install gguf"
+    ) from None
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -67,8 +70,11 @@ NAMES = {
 class BoundedReader(gguf.GGUFReader):
     """The library's reader, which on its own counts as far as a damaged file tells it to.
 
-    This one ends where the file ends, and after more values than any vocabulary has."""
-    MOST_READS = 2_500_000      # Llama 3 takes a million: 2 a token, 2 a merge, 1 a type
+    This one ends where the file ends, and after more values than any vocabulary has.
+    """
+
+    # Llama 3 takes a million: 2 a token, 2 a merge, 1 a type
+    MOST_READS = 2_500_000
 
     def __init__(self, path: Path):
         self.reads = 0
@@ -87,23 +93,33 @@ class BoundedReader(gguf.GGUFReader):
 def open_gguf(path: Path) -> BoundedReader:
     """The file's metadata and table of tensors; their data stay on disk."""
     try:
-        with np.errstate(over="ignore"):                       # of sizes in a damaged file
+        # sizes in a damaged file overflow
+        with np.errstate(over="ignore"):
             reader = BoundedReader(path)
-    except Exception as e:                  # whatever the library stumbles over
+    # whatever the library stumbles over
+    except Exception as e:
         raise CheckpointError(f"{path}: cannot be read as GGUF ({type(e).__name__}: {e})") from None
     if reader.byte_order != "I":
         raise CheckpointError(f"{path}: is of the other byte order, which is not supported")
     return reader
 
 
+def _shortened(value: object) -> str:
+    """Text for a message: a list of a file may be a whole vocabulary."""
+    return str(value)[:60]
+
+
 class Metadata:
     """The values of a file, checked as they are asked for: get("llama.block_count", int) -> 30."""
+
     REQUIRED = object()
 
     def __init__(self, path: Path, reader: gguf.GGUFReader):
-        self.path, self.fields = path, reader.fields
+        self.path = path
+        self.fields = reader.fields
 
-    def refuse(self, key: str, problem: str):
+    def refuse(self, key: str, problem: str) -> NoReturn:
+        """Raise CheckpointError naming the file and `key`."""
         raise CheckpointError(f"{self.path}: {key}: {problem}")
 
     def get(self, key: str, kind: type, default: Any = REQUIRED) -> Any:
@@ -114,10 +130,11 @@ class Metadata:
             return default
         try:
             value = self.fields[key].contents()
-        except ValueError as e:                                # text that is not UTF-8
+        # text that is not UTF-8
+        except ValueError as e:
             self.refuse(key, f"cannot be read ({e})")
         if type(value) is not kind:
-            self.refuse(key, f"expected {kind.__name__}, found {str(value)[:60]!r}")
+            self.refuse(key, f"expected {kind.__name__}, found {_shortened(value)!r}")
         return value
 
     def all(self, key: str, kind: type) -> list:
@@ -125,7 +142,8 @@ class Metadata:
         values = self.get(key, list)
         for value in values:
             if type(value) is not kind:
-                self.refuse(key, f"expected a list of {kind.__name__}, found {str(value)[:60]!r}")
+                expected = f"a list of {kind.__name__}"
+                self.refuse(key, f"expected {expected}, found {_shortened(value)!r}")
         return values
 
     def real(self, key: str, default: Any = REQUIRED) -> float:
@@ -173,25 +191,33 @@ def config_of(meta: Metadata, tensors: dict[str, gguf.ReaderTensor]) -> dict:
 
 def refuse_what_changes_the_computation(meta: Metadata, name: str, head_dim: int) -> None:
     """Refuse a file in which one of these keys has another value than the neutral one."""
-    for key, kind, neutral in (
-            ("split.count", int, (0, 1)),
-            (f"{name}.expert_count", int, (0,)),
-            (f"{name}.attention.sliding_window", int, (0,)),
-            (f"{name}.attention.causal", bool, (True,)),
-            (f"{name}.attention.value_length", int, (head_dim,)),
-            (f"{name}.rope.dimension_count", int, (head_dim,)),
-            (f"{name}.rope.scaling.type", str, ("none",)),
-            (f"{name}.rope.scale_linear", float, (1.0,))):
+    # key, type, the values that change nothing, of which a file without the key has the first
+    neutral_values: tuple[tuple[str, type, tuple], ...] = (
+        ("split.count", int, (0, 1)),
+        (f"{name}.expert_count", int, (0,)),
+        (f"{name}.attention.sliding_window", int, (0,)),
+        (f"{name}.attention.causal", bool, (True,)),
+        (f"{name}.attention.value_length", int, (head_dim,)),
+        (f"{name}.rope.dimension_count", int, (head_dim,)),
+        (f"{name}.rope.scaling.type", str, ("none",)),
+        (f"{name}.rope.scale_linear", float, (1.0,)),
+    )
+    for key, kind, neutral in neutral_values:
         value = meta.get(key, kind, default=neutral[0])
         if value not in neutral:
             meta.refuse(key, f"{value!r} is not supported")
+
+
+# the context that Llama 3 was trained with before its RoPE was scaled
+LLAMA3_CONTEXT = 8192
 
 
 def llama3_scaling(meta: Metadata, config: dict, tensor: gguf.ReaderTensor) -> dict | None:
     """The RoPE scaling whose divisors of angular steps `tensor` (d/2,) holds: none, or Llama 3's.
 
     A file has the divisors in place of the four numbers that they come of. All but the largest
-    divisor, `factor`, are the same in every Llama 3."""
+    divisor, `factor`, are the same in every Llama 3.
+    """
     found = dequantised(meta.path, tensor, (config["head_dim"] // 2,), torch.float32)
     if (found == 1).all():
         return None
@@ -200,30 +226,38 @@ def llama3_scaling(meta: Metadata, config: dict, tensor: gguf.ReaderTensor) -> d
         "factor": found.max().item(),
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
+        "original_max_position_embeddings": LLAMA3_CONTEXT,
     }
     plain = ModelConfig.from_hf(config, str(meta.path))
     scaled = ModelConfig.from_hf(config | {"rope_scaling": scaling}, str(meta.path))
     cpu = torch.device("cpu")
-    divisors = inverse_frequencies(plain, cpu) / inverse_frequencies(scaled, cpu)      # (d/2,)
+    divisors = inverse_frequencies(plain, cpu) / inverse_frequencies(scaled, cpu)  # (d/2,)
     if not torch.allclose(found, divisors, rtol=1e-4):
-        meta.refuse("tensor rope_freqs.weight",
-                    "holds another RoPE scaling than that of Llama 3, which is not supported")
+        problem = "holds another RoPE scaling than that of Llama 3, which is not supported"
+        meta.refuse("tensor rope_freqs.weight", problem)
     return scaling
 
 
 # ---------------------------------------------------------------------------------------- tokenizer
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)           # a token's type
+
+# a token's type
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 # How text is cut before pairs are merged: the published pattern of Llama 3 and of Qwen, which take
 # digits in different ways.
-SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS"
-         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def byte_level(use_regex: bool) -> dict:
-    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-            "use_regex": use_regex}
+    return {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": use_regex,
+    }
 
 
 def split_at(digits: str) -> list[dict]:
@@ -244,7 +278,8 @@ PRE_TOKENIZERS = {
 def end_ids(meta: Metadata) -> list[int]:
     """The ids that end a completion: of the text, of a turn, of a message."""
     keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
-    meta.get(keys[0], int)                                     # a file must have the first
+    # a file must have the first
+    meta.get(keys[0], int)
     ids = {meta.get(key, int, None) for key in keys}
     return sorted(ids - {None})
 
@@ -253,8 +288,8 @@ def tokenizer_of(meta: Metadata) -> dict:
     """tokenizer.json."""
     kind = meta.get("tokenizer.ggml.model", str)
     if kind != "gpt2":
-        meta.refuse("tokenizer.ggml.model",
-                    f"{kind!r} is not supported (supported: gpt2, which is byte-level BPE)")
+        problem = f"{kind!r} is not supported (supported: gpt2, which is byte-level BPE)"
+        meta.refuse("tokenizer.ggml.model", problem)
     pre = meta.get("tokenizer.ggml.pre", str)
     if pre not in PRE_TOKENIZERS:
         known = ", ".join(PRE_TOKENIZERS)
@@ -290,19 +325,31 @@ def tokens_of(meta: Metadata) -> tuple[dict[str, int], list[dict]]:
     tokens = meta.all("tokenizer.ggml.tokens", str)
     types = meta.all("tokenizer.ggml.token_type", int)
     if len(types) != len(tokens):
-        meta.refuse("tokenizer.ggml.token_type",
-                    f"expected one for each of {len(tokens)} tokens, found {len(types)}")
-    vocabulary, added = {}, []
+        problem = f"expected one for each of {len(tokens)} tokens, found {len(types)}"
+        meta.refuse("tokenizer.ggml.token_type", problem)
+    vocabulary: dict[str, int] = {}
+    added = []
     for i, (token, of_type) in enumerate(zip(tokens, types)):
         if token in vocabulary:
             meta.refuse("tokenizer.ggml.tokens", f"{token!r} is there twice")
-        if of_type != UNUSED:                                  # such only fill the embedding up
+        # an unused one only fills the embedding up
+        if of_type != UNUSED:
             vocabulary[token] = i
         if of_type in (CONTROL, USER_DEFINED):
-            added.append({"id": i, "content": token, "special": of_type == CONTROL,
-                          "normalized": False, "single_word": False, "lstrip": False,
-                          "rstrip": False})
+            added.append(added_token(i, token, special=of_type == CONTROL))
     return vocabulary, added
+
+
+def added_token(i: int, content: str, special: bool) -> dict:
+    return {
+        "id": i,
+        "content": content,
+        "special": special,
+        "normalized": False,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+    }
 
 
 def merges_of(meta: Metadata, vocabulary: dict[str, int]) -> list[list[str]]:
@@ -320,8 +367,10 @@ def tokenizer_config_of(meta: Metadata, context: int) -> dict:
     """tokenizer_config.json: the chat template, and the tokens that it may name."""
     tokens = meta.all("tokenizer.ggml.tokens", str)
     special = {}
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        key = f"tokenizer.ggml.{key}_token_id"
+    # the names of the tokens there and in a GGUF file
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    for name, name_in_file in names.items():
+        key = f"tokenizer.ggml.{name_in_file}_token_id"
         i = meta.get(key, int, None)
         if i is None:
             continue
@@ -332,7 +381,8 @@ def tokenizer_config_of(meta: Metadata, context: int) -> dict:
         "chat_template": meta.get("tokenizer.chat_template", str),
         "model_max_length": context,
         "clean_up_tokenization_spaces": False,
-        "tokenizer_class": "PreTrainedTokenizerFast",          # to others: all is in tokenizer.json
+        # tells other readers that all is in tokenizer.json
+        "tokenizer_class": "PreTrainedTokenizerFast",
     }
 
 
@@ -346,13 +396,16 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer}.{NAMES[module]}.{parameter}"
 
 
-def dequantised(path: Path, tensor: gguf.ReaderTensor, shape: tuple[int, ...],
-                dtype: torch.dtype) -> Tensor:
+def dequantised(
+    path: Path, tensor: gguf.ReaderTensor, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
     """A tensor of the file, of shape `shape`, as floats.
 
-    Raises CheckpointError where it has another shape or cannot be dequantised."""
+    Raises CheckpointError where it has another shape or cannot be dequantised.
+    """
     where = f"{path}: tensor {tensor.name}"
-    found = tuple(reversed(tensor.shape.tolist()))             # a file has the columns first
+    # a file has the columns first
+    found = tuple(reversed(tensor.shape.tolist()))
     if found != shape:
         raise CheckpointError(f"{where}: expected shape {shape}, found {found}")
     try:
@@ -365,24 +418,29 @@ def dequantised(path: Path, tensor: gguf.ReaderTensor, shape: tuple[int, ...],
 def unpermuted(rows: Tensor, heads: int) -> Tensor:
     """Undo what `llama` files do to the rows of q and k, weights (H d, D) or biases (H d).
 
-    RoPE turns pairs: there of neighbours (x_2i, x_2i+1), here (x_i, x_i+d/2)."""
-    pairs = rows.unflatten(0, (heads, -1, 2))                  # (H, d/2, 2, …)
-    return pairs.transpose(1, 2).flatten(0, 2)
+    RoPE turns pairs: there of neighbours (x_2i, x_2i+1), here (x_i, x_i+d/2).
+    """
+    pairs = rows.unflatten(0, (heads, -1, 2))  # (H, d/2, 2, …)
+    return pairs.transpose(1, 2).flatten(0, 2)  # (H d, …)
 
 
-def tensors_of(path: Path, raw: dict, tensors: dict[str, gguf.ReaderTensor],
-               dtype: torch.dtype) -> dict[str, Tensor]:
+def tensors_of(
+    path: Path, raw: dict, tensors: dict[str, gguf.ReaderTensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
     """Every tensor of the LM that `raw` (config.json) describes, under its Hugging Face name."""
     config = ModelConfig.from_hf(raw, str(path))
+    # looked at before so many layers are built
     last = config.layers - 1
-    if f"blk.{last}.attn_norm.weight" not in tensors:          # before so many layers are built
+    if f"blk.{last}.attn_norm.weight" not in tensors:
         raise CheckpointError(f"{path}: there is no layer {last} in it")
     with torch.device("meta"):
         state = Transformer(config).state_dict()
     wanted = {gguf_name(ours): ours for ours in state}
-    for name in sorted(wanted.keys() ^ tensors.keys() - {"rope_freqs.weight"}):
-        problem = "missing" if name in wanted else "not part of this model"
-        raise CheckpointError(f"{path}: tensor {name} is {problem}")
+    # RoPE's divisors are read with the configuration
+    unmatched = sorted(wanted.keys() ^ (tensors.keys() - {"rope_freqs.weight"}))
+    if unmatched:
+        problem = "missing" if unmatched[0] in wanted else "not part of this model"
+        raise CheckpointError(f"{path}: tensor {unmatched[0]} is {problem}")
     result = {}
     for name, ours in wanted.items():
         values = dequantised(path, tensors[name], tuple(state[ours].shape), dtype)
@@ -399,7 +457,8 @@ def read_gguf(path: Path, dtype: torch.dtype) -> tuple[dict[str, bytes], dict[st
     """A GGUF file -> what the JSON files of a Hugging Face checkpoint hold, and its tensors.
 
     Raises CheckpointError naming the file, and the key or tensor that is missing, damaged or not
-    supported."""
+    supported.
+    """
     reader = open_gguf(path)
     meta = Metadata(path, reader)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -420,7 +479,8 @@ def convert(path: str | Path, folder: str | Path, dtype: torch.dtype = torch.bfl
     """Write a GGUF file as a checkpoint folder in Hugging Face layout, whole or not at all.
 
     Raises CheckpointError where the file cannot be used, or the folder is there already or cannot
-    be written."""
+    be written.
+    """
     folder = Path(folder)
     if folder.exists():
         raise CheckpointError(f"{folder}: is there already")
@@ -430,7 +490,8 @@ def convert(path: str | Path, folder: str | Path, dtype: torch.dtype = torch.bfl
     try:
         save_pretrained(model, tokenizer, unfinished)
         unfinished.replace(folder)
-    except (OSError, safetensors.SafetensorError) as e:        # a full disk, say
+    # a full disk, say
+    except (OSError, safetensors.SafetensorError) as e:
         raise CheckpointError(f"{folder}: cannot be written ({e})") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

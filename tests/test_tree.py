@@ -48,7 +48,7 @@ def pairs_seen(parts, size: int) -> np.ndarray:
             for i, query in enumerate(queries):
                 seen[query, keys[:i + 1] if part.causal else keys] += 1
             continue
-        places = np.stack(np.unravel_index(part.inside, part.queries.shape), 1)
+        places = np.stack(np.unravel_index(part.inside.numpy(), part.queries.shape), 1)
         for block, query in places:
             keys = part.keys[block][part.mask[block, 0, query] == 0]
             np.add.at(seen[part.queries[block, query]], keys, 1)
