@@ -253,11 +253,11 @@ MUTANTS = [
     ("no sentence of the tasks is in the pretraining text", "studies/pretrain.py", 'example = banking77.query(rng, "pretrain")', 'example = banking77.query(rng, "task")', "tasks"),
     ("a kept index is of its stop words", "tasks/hover.py", "repr((bm25s.__version__, STOPWORDS))", "repr(bm25s.__version__)", "tasks"),
     ("a kept index is of its bm25s", "tasks/hover.py", "repr((bm25s.__version__, STOPWORDS))", "repr(STOPWORDS)", "tasks"),
-    ("a benchmark leaves no process", "studies/bench.py", "            ends.callback(w.communicate)  ", "            ends  ", "bench"),
+    ("a benchmark leaves no process", "studies/bench.py", "            ends.callback(worker.communicate)", "            ends", "bench"),
     ("necessary flops see a node itself", "studies/bench_real.py", "sum(depth + 1 for depth in positions)", "sum(positions)", "bench"),
     ("ours is kept without the peer", "studies/bench_real.py", "    except RuntimeError as e:", "    except KeyError as e:", "bench"),
     ("a measurement leaves other figures", "studies/bench.py", '["figures"] if OUT.exists() else {}', '["figures"] if 0 else {}', "bench"),
-    ("a benchmark leaves no file", "studies/bench.py", 'env=os.environ | {"TMPDIR": folder})', 'env={**os.environ})', "bench"),
+    ("a benchmark leaves no file", "studies/bench.py", 'env=os.environ | {"TMPDIR": folder},', 'env={**os.environ},', "bench"),
     ("a run is never written over", "run/cli.py", '    if done >= config.steps and (out / "result.json").exists():', "    if False:", "train"),
 ]
 
