@@ -1,4 +1,5 @@
 """What a run left on disk, read back: its steps, its evaluations, what it cost."""
+
 from __future__ import annotations
 
 import json
@@ -10,47 +11,65 @@ from program import STATUSES, InputError
 
 
 def read_lines(path: Path, cut: bool = False) -> list[dict]:
-    """The values in a jsonl file, none if it is not there. Raises InputError naming file and line. `cut`: a last line that was not written to its end is cut off."""
+    """The values in a jsonl file, none if it is not there. Raises InputError naming file and line.
+
+    `cut`: a last line that was not written to its end is cut off, in the file too.
+    """
     data = path.read_bytes() if path.exists() else b""
     if cut and not data.endswith(b"\n"):
-        data = data[:data.rfind(b"\n") + 1]
-        os.truncate(path, len(data)) if path.exists() else None
-    lines = data.splitlines()
-    for i, line in enumerate(lines):
+        data = data[: data.rfind(b"\n") + 1]
+        if path.exists():
+            os.truncate(path, len(data))
+    values = []
+    for i, line in enumerate(data.splitlines(), 1):
         try:
-            lines[i] = json.loads(line)
+            values.append(json.loads(line))
         except (ValueError, RecursionError) as e:
-            raise InputError(f"{path}, line {i + 1}: is no JSON ({e})") from None
-    return lines
+            raise InputError(f"{path}, line {i}: is no JSON ({e})") from None
+    return values
 
 
 def read_metrics(out: Path) -> tuple[list[dict], list[dict]]:
-    """metrics.jsonl of a run's folder -> (its training steps, its dev evaluations). Raises InputError naming file and line."""
-    lines = read_lines(out / "metrics.jsonl")
+    """metrics.jsonl of a run's folder -> (its training steps, its dev evaluations).
+
+    Raises InputError naming file and line.
+    """
+    path = out / "metrics.jsonl"
+    lines = read_lines(path)
     for i, line in enumerate(lines, 1):
         if not (isinstance(line, dict) and (is_step(line) or "dev" in line)):
-            raise InputError(f"{out / 'metrics.jsonl'}, line {i}: is neither a step nor an evaluation")
-    return [m for m in lines if "reward" in m], [m for m in lines if "dev" in m]
+            raise InputError(f"{path}, line {i}: is neither a step nor an evaluation")
+    steps = [line for line in lines if "reward" in line]
+    evaluations = [line for line in lines if "dev" in line]
+    return steps, evaluations
 
 
 def is_step(line: dict) -> bool:
     """Whether a line of metrics.jsonl holds what later steps judge a run by."""
     numbers = [line.get(name) for name in ("step", "reward", "surprise")]
-    counts = [line.get(name) for name in ("calls", "statuses")]
-    if not all(type(n) in (int, float) for n in numbers) or not all(isinstance(c, dict) for c in counts):
+    if not all(type(n) in (int, float) for n in numbers):
         return False
-    calls, ended = counts
-    return type(calls.get("trained")) is int and {*STATUSES} <= ended.keys() and all(
-        type(n) is int for n in ended.values())
+    calls = line.get("calls")
+    ended = line.get("statuses")
+    if not isinstance(calls, dict) or not isinstance(ended, dict):
+        return False
+    return type(calls.get("trained")) is int and are_counts(ended)
+
+
+def are_counts(statuses: dict) -> bool:
+    """Whether these say of every status how many runs ended so."""
+    return {*STATUSES} <= statuses.keys() and all(type(n) is int for n in statuses.values())
 
 
 def first_evaluation(out: Path) -> dict:
-    """What a run's first dev evaluation, sampled, came to. Raises InputError where metrics.jsonl does not begin with one."""
+    """What a run's first dev evaluation, sampled, came to.
+
+    Raises InputError where metrics.jsonl does not begin with one.
+    """
     path = out / "metrics.jsonl"
     try:
         first = read_lines(path)[0]["dev"]["sampled"]
-        counts = [*first["statuses"].values(), first["rollouts"]]
-        if {*STATUSES} <= first["statuses"].keys() and all(type(n) is int for n in counts):
+        if are_counts(first["statuses"]) and type(first["rollouts"]) is int:
             return first
     except (LookupError, TypeError, AttributeError):
         pass
@@ -58,14 +77,29 @@ def first_evaluation(out: Path) -> dict:
 
 
 def cost(out: Path) -> dict:
-    """What a run or a prompt search took: runs of the program, sampled tokens, seconds; evaluations and the choice of the
-    start included."""
+    """What a run or a prompt search took: {"rollouts", "tokens", "seconds"}.
+
+    Rollouts are runs of the program, tokens are sampled ones. Evaluations and the choice of the
+    start are included.
+    """
     total = Counter(rollouts=0, tokens=0, seconds=0.0)
-    steps, dev = read_metrics(out)
+    steps, evaluations = read_metrics(out)
     for m in steps:
-        total.update(rollouts=sum(m["statuses"].values()), tokens=sum(x["tokens"] for x in m["modules"].values()),
-                     seconds=sum(m["seconds"].values()))
-    found = [json.loads(path.read_text()) for name in ("start.json", "candidates.json") if (path := out / name).exists()]
-    for m in [x for d in dev for x in d["dev"].values()] + read_lines(out / "trials.jsonl") + found:
-        total.update(rollouts=m.get("rollouts", sum(m.get("statuses", {}).values())), tokens=m.get("tokens", 0), seconds=m["seconds"])
+        total.update(
+            rollouts=sum(m["statuses"].values()),
+            tokens=sum(module["tokens"] for module in m["modules"].values()),
+            seconds=sum(m["seconds"].values()),
+        )
+
+    others = []
+    for m in evaluations:
+        others += m["dev"].values()
+    others += read_lines(out / "trials.jsonl")
+    for name in ("start.json", "candidates.json"):
+        if (out / name).exists():
+            others.append(json.loads((out / name).read_text()))
+    for m in others:
+        # a trial has no count of its rollouts but those of its statuses
+        rollouts = m.get("rollouts", sum(m.get("statuses", {}).values()))
+        total.update(rollouts=rollouts, tokens=m.get("tokens", 0), seconds=m["seconds"])
     return dict(total)

@@ -1,9 +1,11 @@
-"""A training run on disk: its state is saved so that a run that was killed goes on to the same weights, bit for bit.
+"""A training run on disk: one that was killed goes on to the same weights, bit for bit.
 
-A state is everything that the next step depends on: the fp32 weights, AdamW's moments, the step, the dev scores so far and
-the options. Randomness and data order need nothing saved: they are functions of the seed and the step. It is written to a
-temporary folder, flushed to the disk and renamed, so that a folder with its name is whole; the last two are kept.
+A state is everything that the next step depends on: the fp32 weights, AdamW's moments, the step,
+the dev scores so far and the options. Randomness and data order need nothing saved: they are
+functions of the seed and the step. It is written to a temporary folder, flushed to the disk and
+renamed, so that a folder with its name is whole; the last two are kept.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -16,43 +18,92 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from program import InputError
 
 # options that may differ when a run goes on
-FREE = ("out", "resume", "steps", "trials", "split", "index", "patience", "show_every",
-        "show_prompts")
+FREE = (
+    "out",
+    "resume",
+    "steps",
+    "trials",
+    "split",
+    "index",
+    "patience",
+    "show_every",
+    "show_prompts",
+)
+
+KEPT_STATES = 2
 
 
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+# ---------------------------------------------------------------------------------- which there are
+def states(out: Path) -> list[Path]:
+    """The saved states of a run, oldest first."""
+    return sorted(p for p in out.glob("state-*") if p.name[6:].isdecimal())
 
 
-def save_state(out: Path, step: int, optimizer: torch.optim.Optimizer, scores: list[float], options: dict) -> None:
-    """Write OUT/state-STEP and remove all but the last two. Raises OSError (a full disk) with the older ones untouched."""
-    masters = optimizer.param_groups[0]["params"]
-    tensors = {f"{i}.weight": p.detach() for i, p in enumerate(masters)}
-    for i, p in enumerate(masters):
-        tensors |= {f"{i}.{name}": value for name, value in optimizer.state.get(p, {}).items()}
-    folder, temporary = out / f"state-{step:07d}", out / ".state"
+def step_of(state: Path) -> int:
+    """How many steps had been done when a state was saved: state-0000012 is that of step 12."""
+    return int(state.name[6:])
+
+
+def same_options(out: Path, begun: dict, options: dict, free: tuple[str, ...] = FREE) -> None:
+    """Raises InputError naming the option where a run is not to go on as it was begun.
+
+    Those that are `free` may differ.
+    """
+    for key, value in begun.items():
+        if key not in free and options.get(key) != value:
+            raise InputError(
+                f"{out}: was begun with --{key.replace('_', '-')} {value}, not {options.get(key)}; "
+                "give the same options, or another --out"
+            )
+
+
+# ------------------------------------------------------------------------------------------- saving
+def save_state(
+    out: Path, step: int, optimizer: torch.optim.Optimizer, scores: list[float], options: dict
+) -> None:
+    """Write OUT/state-STEP and remove all but the last two.
+
+    Raises OSError (a full disk) with the older ones untouched.
+    """
+    tensors = {name: t.cpu().contiguous() for name, t in tensors_of(optimizer).items()}
+    folder = out / f"state-{step:07d}"
+    temporary = out / ".state"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    safetensors.torch.save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, temporary / "state.safetensors")
-    digest = _digest(temporary / "state.safetensors")
+    safetensors.torch.save_file(tensors, temporary / "state.safetensors")
     metrics = out / "metrics.jsonl"
-    (temporary / "state.json").write_text(json.dumps({
-        "step": step, "scores": scores, "metrics_bytes": metrics.stat().st_size, "digest": digest, "config": options}, indent=1))
+    state = {
+        "step": step,
+        "scores": scores,
+        "metrics_bytes": metrics.stat().st_size,
+        "digest": _digest(temporary / "state.safetensors"),
+        "config": options,
+    }
+    (temporary / "state.json").write_text(json.dumps(state, indent=1))
+
+    # whole on the disk first, then under its name
     for path in (temporary / "state.safetensors", temporary / "state.json", metrics, temporary):
         _flush(path)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
     _flush(out)
-    for old in states(out)[:-2]:
+    for old in states(out)[:-KEPT_STATES]:
         shutil.rmtree(old)
+
+
+def tensors_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The fp32 weights and what the optimizer keeps of each: "0.weight", "0.exp_avg", …"""
+    masters = optimizer.param_groups[0]["params"]
+    tensors = {f"{i}.weight": p.detach() for i, p in enumerate(masters)}
+    for i, p in enumerate(masters):
+        for key, value in optimizer.state.get(p, {}).items():
+            tensors[f"{i}.{key}"] = value
+    return tensors
 
 
 def _digest(path: Path) -> str:
@@ -60,34 +111,50 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
-def states(out: Path) -> list[Path]:
-    """The saved states of a run, oldest first."""
-    return sorted(p for p in out.glob("state-*") if p.name[6:].isdecimal())
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk itself."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
-def step_of(state: Path) -> int:
-    """How many steps had been done when a state was saved."""
-    return int(state.name[6:])
+# ----------------------------------------------------------------------------------------- going on
+def load_state(
+    out: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, options: dict
+) -> tuple[int, list[float]]:
+    """Go back to the newest state of the run that can be read.
+
+    metrics.jsonl is cut back to that step. Returns (step, dev scores), (0, []) where there is no
+    state. Raises InputError where the run was begun with other options.
+    """
+    metrics = out / "metrics.jsonl"
+    for folder in reversed(states(out)):
+        try:
+            state = read_state(folder, model, optimizer)
+        except ValueError as e:
+            print(f"{folder}: cannot be used ({e}); trying the one before", file=sys.stderr)
+            continue
+        same_options(out, state["config"], options)
+        if metrics.stat().st_size < state["metrics_bytes"]:
+            raise InputError(f"{metrics}: is shorter than when {folder.name} was saved")
+        os.truncate(metrics, state["metrics_bytes"])
+        print(f"{out}: going on from step {state['step']}", file=sys.stderr)
+        return state["step"], state["scores"]
+    if states(out):
+        raise InputError(f"{out}: none of its states can be used")
+    return 0, []
 
 
 def read_state(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     """Put a state into the model and its optimizer; return its step, scores and options.
 
-    Raises ValueError, and changes nothing, where the files are not as they were written or are of another model."""
+    Raises ValueError, and changes nothing, where the files are not as they were written or are of
+    another model.
+    """
     masters = optimizer.param_groups[0]["params"]
-    try:
-        state, path = json.loads((folder / "state.json").read_text()), folder / "state.safetensors"
-        if state["digest"] != _digest(path):
-            raise ValueError(f"{path.name} is not as it was written")
-        if not (type(state["step"]) is type(state["metrics_bytes"]) is int and isinstance(state["config"], dict)
-                and isinstance(state["scores"], list)):
-            raise ValueError("state.json is not as it was written")
-        tensors = safetensors.torch.load_file(path)
-        shapes = {i: tuple(t.shape) for i, t in ((n.removesuffix(".weight"), t) for n, t in tensors.items()) if "." not in i}
-        if shapes != {str(i): tuple(p.shape) for i, p in enumerate(masters)}:
-            raise ValueError("it is the state of another model")
-    except (OSError, LookupError, TypeError, safetensors.SafetensorError) as e:
-        raise ValueError(f"{type(e).__name__}: {e}") from None
+    state, tensors = read_files(folder, masters)
     optimizer.state.clear()
     with torch.no_grad():
         for name, value in tensors.items():
@@ -96,35 +163,36 @@ def read_state(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Opti
             if key == "weight":
                 p.copy_(value)
             else:
+                # AdamW counts its steps on the CPU
                 optimizer.state[p][key] = value if key == "step" else value.to(p.device)
-        torch._foreach_copy_([p for p in model.parameters() if p.requires_grad], masters)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        torch._foreach_copy_(trained, masters)
     return state
 
 
-def same_options(out: Path, begun: dict, options: dict, free: tuple[str, ...] = FREE) -> None:
-    """Raises InputError naming the option where a run is not to go on as it was begun, but for those that are free."""
-    for key, value in begun.items():
-        if key not in free and options.get(key) != value:
-            raise InputError(f"{out}: was begun with --{key.replace('_', '-')} {value}, not {options.get(key)}; give the same "
-                             "options, or another --out")
+def read_files(folder: Path, masters: list[Tensor]) -> tuple[dict, dict[str, Tensor]]:
+    """state.json and state.safetensors of a state, checked. Raises ValueError."""
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        path = folder / "state.safetensors"
+        if state["digest"] != _digest(path):
+            raise ValueError(f"{path.name} is not as it was written")
+        if not (
+            type(state["step"]) is type(state["metrics_bytes"]) is int
+            and isinstance(state["config"], dict)
+            and isinstance(state["scores"], list)
+        ):
+            raise ValueError("state.json is not as it was written")
+        tensors = safetensors.torch.load_file(path)
+    except (OSError, LookupError, TypeError, safetensors.SafetensorError) as e:
+        raise ValueError(f"{type(e).__name__}: {e}") from None
 
-
-def load_state(out: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, options: dict) -> tuple[int, list[float]]:
-    """Go back to the newest state of the run that can be read -> (step, dev scores); (0, []) where there is none.
-
-    metrics.jsonl is cut back to that step. Raises InputError where the run was begun with other options."""
-    for folder in reversed(states(out)):
-        try:
-            state = read_state(folder, model, optimizer)
-        except ValueError as e:
-            print(f"{folder}: cannot be used ({e}); trying the one before", file=sys.stderr)
-            continue
-        same_options(out, state["config"], options)
-        if (out / "metrics.jsonl").stat().st_size < state["metrics_bytes"]:
-            raise InputError(f"{out / 'metrics.jsonl'}: is shorter than when {folder.name} was saved")
-        os.truncate(out / "metrics.jsonl", state["metrics_bytes"])
-        print(f"{out}: going on from step {state['step']}", file=sys.stderr)
-        return state["step"], state["scores"]
-    if states(out):
-        raise InputError(f"{out}: none of its states can be used")
-    return 0, []
+    # what is left with a dot is the optimizer's, as "0.exp_avg"
+    found = {}
+    for name, t in tensors.items():
+        index = name.removesuffix(".weight")
+        if "." not in index:
+            found[index] = tuple(t.shape)
+    if found != {str(i): tuple(p.shape) for i, p in enumerate(masters)}:
+        raise ValueError("it is the state of another model")
+    return state, tensors

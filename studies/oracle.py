@@ -1,15 +1,20 @@
 """The exact gradient, and what each estimator makes of it: `make oracle`.
 
-A program so small that every run can be written down: module `ask` answers with up to two of three tokens, module `note`
-is called after it once, twice or not at all, and an answer without its end token fails. The policy is a softmax table. So
-the policy gradient is a finite sum, and so is the expectation of an estimator: over every R-tuple of runs, through the
-very functions that train (group_calls, advantages, weigh). What remains is bias, exactly.
+A program so small that every run can be written down: module `ask` answers with up to two of three
+tokens, module `note` is called after it once, twice or not at all, and an answer without its end
+token fails. The policy is a softmax table. So the policy gradient is a finite sum, and so is the
+expectation of an estimator: over every R-tuple of runs, through the very functions that train
+(group_calls, advantages, weigh). What remains is bias, exactly.
 
-A second table is of a sampler whose probabilities are not quite those of the policy that is trained, as with bf16: what
-that does to the one unbiased estimator, and what --correction takes back.
+A second table is of a sampler whose probabilities are not quite those of the policy that is
+trained, as with bf16: what that does to the one unbiased estimator, and what --correction takes
+back.
 
     python -m studies.oracle [R]          # default 3
+
+Letters: T tokens of a completion; P logits of the policy; R runs of the example.
 """
+
 import itertools
 import math
 import random
@@ -23,35 +28,56 @@ import torch
 import mmgrpo as G
 from program import Call, Completion, Trajectory
 
+# the last of the TOKENS ends a completion; one of LIMIT tokens is cut
 END, TOKENS, LIMIT = 2, 3, 2
-CONTEXTS = ("ask", "note after 0", "note after 1", "note again")        # prompts; ask's answer and the invocation tell them
+
+# prompts: ask's answer and the invocation tell them
+CONTEXTS = ("ask", "note after 0", "note after 1", "note again")
+
+# context -> first token of a readable answer -> the context of the next call; else the run ends
+NEXT = {
+    "ask": {0: "note after 0", 1: "note after 1"},
+    "note after 1": {0: "note again", 1: "note again"},
+}
 
 
+# ---------------------------------------------------------------------------------------- every run
 def completions() -> list[tuple[int, ...]]:
     """Every completion: ends with END, or is cut at LIMIT tokens."""
-    return [c for n in range(1, LIMIT + 1) for c in itertools.product(range(TOKENS), repeat=n)
-            if END not in c[:-1] and (c[-1] == END or n == LIMIT)]
-
-
-@dataclass
-class Run:
-    """One possible run: its probability, reward, and its calls with the gradient of each one's log-probability (P,);
-    how often it is sampled, and its calls token by token."""
-    probability: float
-    reward: float
-    failed: bool
-    calls: list[tuple[str, tuple[int, ...], np.ndarray]]
-    sampled: float
-    tokens: list["Tokens"]
+    found = []
+    for n in range(1, LIMIT + 1):
+        for c in itertools.product(range(TOKENS), repeat=n):
+            if END not in c[:-1] and (c[-1] == END or n == LIMIT):
+                found.append(c)
+    return found
 
 
 @dataclass
 class Tokens:
-    """The T tokens of a completion: their log-probs (T,) under the policy and under the sampler, and the gradient of the
-    former (T, P)."""
-    trained: np.ndarray
-    sampled: np.ndarray
-    gradient: np.ndarray
+    """The tokens of a completion: log-probs under policy and sampler, gradient of the former."""
+
+    trained: np.ndarray  # (T,)
+    sampled: np.ndarray  # (T,)
+    gradient: np.ndarray  # (T, P)
+
+
+@dataclass
+class Run:
+    """One possible run: its probability, and how often it is `sampled`; its reward; its calls."""
+
+    probability: float
+    reward: float
+    failed: bool
+    # module, completion, gradient (P,) of its log-prob
+    calls: list[tuple[str, tuple[int, ...], np.ndarray]]
+    sampled: float
+    # the calls token by token
+    tokens: list[Tokens]
+
+
+def score(run: Run) -> np.ndarray:
+    """The gradient (P,) of the run's log-probability."""
+    return sum(gradient for _, _, gradient in run.calls)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -62,22 +88,29 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 class World:
     """The program under a random policy with logits (contexts, first token or none, tokens).
 
-    `sampler(logits, rng)` gives the logits of what the runs are sampled from; default: the policy itself."""
+    `sampler(logits, rng)` gives the logits of what the runs are sampled from; default: the policy
+    itself.
+    """
+
     def __init__(self, seed: int = 0, sampler=lambda logits, rng: logits):
         rng = np.random.default_rng(seed)
-        self.logits = rng.normal(0, 0.7, (len(CONTEXTS), TOKENS, TOKENS))       # [., END, .]: nothing was sampled yet
+        # [., END, .]: nothing was sampled yet
+        self.logits = rng.normal(0, 0.7, (len(CONTEXTS), TOKENS, TOKENS))
         self.sampler_logits = sampler(self.logits, rng)
         self.rewards = random.Random(seed)
         self.runs = self._runs()
-        self.gradient = sum(r.probability * r.reward * sum(g for _, _, g in r.calls) for r in self.runs)
+        # (P,) of the expected reward
+        self.gradient = sum(run.probability * run.reward * score(run) for run in self.runs)
 
     def _call(self, context: str, completion: tuple[int, ...]) -> Tokens:
-        c, before = CONTEXTS.index(context), END
+        c = CONTEXTS.index(context)
+        before = END
         trained, sampled = np.zeros((2, len(completion)))
         gradient = np.zeros((len(completion), *self.logits.shape))
         for t, token in enumerate(completion):
-            p, of_sampler = (softmax(logits[c, before]) for logits in (self.logits, self.sampler_logits))
-            trained[t], sampled[t] = math.log(p[token]), math.log(of_sampler[token])
+            p = softmax(self.logits[c, before])
+            trained[t] = math.log(p[token])
+            sampled[t] = math.log(softmax(self.sampler_logits[c, before])[token])
             gradient[t, c, before] -= p
             gradient[t, c, before, token] += 1
             before = token
@@ -87,77 +120,144 @@ class World:
         finished = []
 
         def go(calls: list, tokens: list[Tokens], context: str):
+            """From these calls on, every way to go on."""
             for completion in completions():
-                known = tokens + [self._call(context, completion)]
-                made = calls + [(context.split()[0], completion, known[-1].gradient.sum(0))]
+                call = self._call(context, completion)
+                module = context.split()[0]
+                more_calls = calls + [(module, completion, call.gradient.sum(0))]
+                more_tokens = tokens + [call]
                 readable = completion[-1] == END
-                again = {"ask": {0: "note after 0", 1: "note after 1"}, "note after 1": {0: "note again", 1: "note again"}}
-                after = again.get(context, {}).get(completion[0]) if readable else None
+                after = NEXT.get(context, {}).get(completion[0]) if readable else None
                 if after:
-                    go(made, known, after)
+                    go(more_calls, more_tokens, after)
                 else:
-                    reward = round(self.rewards.random(), 2) if readable else -0.5 if len(made) == 1 else 0.0
-                    trained, sampled = (math.exp(sum(getattr(call, name).sum() for call in known)) for name in ("trained", "sampled"))
-                    finished.append(Run(trained, reward, not readable, made, sampled, known))
+                    finished.append(self._finished(more_calls, more_tokens, readable))
+
         go([], [], "ask")
         return finished
 
+    def _finished(self, calls: list, tokens: list[Tokens], readable: bool) -> Run:
+        if readable:
+            reward = round(self.rewards.random(), 2)
+        else:
+            reward = -0.5 if len(calls) == 1 else 0.0
+        probability = math.exp(sum(call.trained.sum() for call in tokens))
+        sampled = math.exp(sum(call.sampled.sum() for call in tokens))
+        return Run(probability, reward, not readable, calls, sampled, tokens)
+
     def trajectory(self, run: int, rollout: int) -> Trajectory:
-        made, calls = Counter(), []
-        for module, completion, _ in self.runs[run].calls:
-            calls.append(Call(module, made[module], {}, Completion([run], list(completion), [0.0] * len(completion), "stop")))
-            made[module] += 1
         r = self.runs[run]
-        return Trajectory("e", rollout, tuple(calls), None, r.reward, "format_error" if r.failed else "completed")
+        made = Counter()
+        calls = []
+        for module, completion, _ in r.calls:
+            record = Completion([run], list(completion), [0.0] * len(completion), "stop")
+            calls.append(Call(module, made[module], {}, record))
+            made[module] += 1
+        status = "format_error" if r.failed else "completed"
+        return Trajectory("e", rollout, tuple(calls), None, r.reward, status)
 
 
-def estimate(world: World, runs: tuple[int, ...], variants: list[dict], seeds: int = 4) -> np.ndarray:
-    """The gradient that each variant takes from these runs, (variants, P): at the first update every ratio is 1, and the
-    gradient of policy_loss with respect to a token's log-prob is -weight x advantage."""
-    ts = [world.trajectory(run, i) for i, run in enumerate(runs)]
-    result, cache = np.zeros((len(variants), len(world.gradient))), {}
+# ----------------------------------------------------------------------------------- the estimators
+AXES = {
+    "short_groups": ("keep", "truncate", "fill"),
+    "baseline": ("group", "example"),
+    "leave_one_out": (False, True),
+    "scale_rewards": ("std", "batch", "none"),
+    "normalize": ("sequence", "token", "constant"),
+    "failing": ("trained", "dropped"),
+}
+VARIANTS = [dict(zip(AXES, values)) for values in itertools.product(*AXES.values())]
+
+
+def unbiased(o: dict) -> bool:
+    """What theory says of a variant.
+
+    Neither advantage nor weight may depend on the run's own sampling, and no call may be lost.
+    """
+    return (
+        o["short_groups"] == "keep"
+        and o["baseline"] == "example"
+        and o["leave_one_out"]
+        and o["scale_rewards"] == "none"
+        and o["normalize"] == "constant"
+        and o["failing"] == "trained"
+    )
+
+
+def without_failing_call(t: Trajectory) -> Trajectory:
+    return replace(t, calls=t.calls[:-1]) if t.status == "format_error" else t
+
+
+def estimate(
+    world: World, runs: tuple[int, ...], variants: list[dict], seeds: int = 4
+) -> np.ndarray:
+    """The gradient that each variant takes from these runs, (variants, P).
+
+    At the first update every ratio is 1, and the gradient of policy_loss with respect to a token's
+    log-prob is -weight x advantage.
+    """
+    trajectories = [world.trajectory(run, i) for i, run in enumerate(runs)]
+    result = np.zeros((len(variants), len(world.gradient)))
+    grouped = {}  # what variants have in common
     for v, o in enumerate(variants):
-        for seed in range(seeds if o["short_groups"] == "fill" else 1):         # fill draws: averaged over seeds
-            drop = o["failing"] == "dropped"
-            key = o["short_groups"], seed, drop
-            if key not in cache:
-                shown = [replace(t, calls=t.calls[:-1]) if drop and t.status == "format_error" else t for t in ts]
-                cache[key] = shown, G.group_calls(shown, o["short_groups"], seed=seed)
-            shown, groups = cache[key]
-            values = G.advantages(groups, shown, o["baseline"], o["leave_one_out"], o["scale_rewards"])
+        # fill draws: it is averaged over seeds
+        draws = seeds if o["short_groups"] == "fill" else 1
+        drop = o["failing"] == "dropped"
+        for seed in range(draws):
+            key = (o["short_groups"], seed, drop)
+            if key not in grouped:
+                shown = [without_failing_call(t) if drop else t for t in trajectories]
+                grouped[key] = shown, G.group_calls(shown, o["short_groups"], seed=seed)
+            shown, groups = grouped[key]
+            values = G.advantages(
+                groups, shown, o["baseline"], o["leave_one_out"], o["scale_rewards"]
+            )
             rows = iter(G.weigh(groups, values, shown, o["normalize"]))
             for g in groups:
                 for m in g.members:
                     row = next(rows)
-                    result[v] += row.weight * row.advantage * world.runs[runs[m.trajectory]].calls[m.calls[0]][2] / (
-                        seeds if o["short_groups"] == "fill" else 1)
+                    _, _, gradient = world.runs[runs[m.trajectory]].calls[m.calls[0]]
+                    result[v] += row.weight * row.advantage * gradient / draws
     return result
 
 
 CORRECTIONS = ("ignored", "none", "tis", "icepop", "whole run")
 
 
-def estimate_from_sampler(world: World, runs: tuple[int, ...], corrections: tuple[str, ...]) -> np.ndarray:
-    """The gradient (corrections, P) of the unbiased estimator from these runs, if it was the sampler that drew them: that of
-    policy_loss at the first update, with its clip.
+def estimate_from_sampler(
+    world: World, runs: tuple[int, ...], corrections: tuple[str, ...]
+) -> np.ndarray:
+    """The gradient (corrections, P) of the unbiased estimator from runs that the sampler drew.
 
-    `none`, `tis` and `icepop` are --correction. `ignored` takes the tokens for the policy's own. `whole run` multiplies each
-    token's term by the run's probability over that with which it was sampled: exact, and of a variance that grows with length."""
-    ts = [world.trajectory(run, i) for i, run in enumerate(runs)]
-    groups = G.group_calls(ts)
-    rows = iter(G.weigh(groups, G.advantages(groups, ts, "example", True, "none"), ts, "constant"))
-    members = [(world.runs[runs[m.trajectory]], m.calls[0], next(rows)) for g in groups for m in g.members]
-    spread = lambda value: torch.tensor([value(run, row) for run, c, row in members for _ in run.tokens[c].trained],
-                                        dtype=torch.double)
-    advantage, weight = spread(lambda run, row: row.advantage), spread(lambda run, row: row.weight)
-    trained, sampled = (torch.from_numpy(np.concatenate([getattr(run.tokens[c], name) for run, c, _ in members]))
-                        for name in ("trained", "sampled"))
-    gradient, result = np.concatenate([run.tokens[c].gradient for run, c, _ in members]), []
+    It is that of policy_loss at the first update, with its clip. `none`, `tis` and `icepop` are
+    --correction. `ignored` takes the tokens for the policy's own. `whole run` multiplies each
+    token's term by the run's probability over that with which it was sampled: exact, and of a
+    variance that grows with length.
+    """
+    trajectories = [world.trajectory(run, i) for i, run in enumerate(runs)]
+    groups = G.group_calls(trajectories)
+    values = G.advantages(groups, trajectories, "example", True, "none")
+    rows = iter(G.weigh(groups, values, trajectories, "constant"))
+    calls = []  # the tokens of each call
+    of_token = []  # advantage, weight, ratio of the whole run
+    for g in groups:
+        for m in g.members:
+            row = next(rows)
+            run = world.runs[runs[m.trajectory]]
+            call = run.tokens[m.calls[0]]
+            calls.append(call)
+            figures = (row.advantage, row.weight, run.probability / run.sampled)
+            of_token += [figures] * len(call.trained)
+    advantage, weight, of_run = torch.tensor(of_token, dtype=torch.double).unbind(1)
+    trained = torch.from_numpy(np.concatenate([call.trained for call in calls]))
+    sampled = torch.from_numpy(np.concatenate([call.sampled for call in calls]))
+    gradient = np.concatenate([call.gradient for call in calls])
+    result = []
     for correction in corrections:
         old = sampled if correction == "none" else trained
         factors = G.correction_factors(trained, sampled, correction)
         if correction == "whole run":
-            factors = spread(lambda run, row: run.probability / run.sampled)
+            factors = of_run
         new = trained.clone().requires_grad_()
         loss = G.policy_loss(new, old, advantage, weight, factors=factors)
         result.append(-torch.autograd.grad(loss, new)[0].numpy() @ gradient)
@@ -165,43 +265,47 @@ def estimate_from_sampler(world: World, runs: tuple[int, ...], corrections: tupl
 
 
 def expectation(world: World, R: int, variants, estimate=estimate) -> tuple[np.ndarray, np.ndarray]:
-    """(mean (variants, P), total variance (variants,)) of each variant over all R-tuples of runs of the sampler.
+    """Mean (variants, P) and total variance (variants,) over all R-tuples of the sampler's runs.
 
-    An estimate does not depend on the order of the runs (fill: but for its seed), so multisets are enough."""
-    mean, square = 0.0, 0.0
+    An estimate does not depend on the order of the runs (fill: but for its seed), so multisets are
+    enough.
+    """
+    mean = 0.0
+    square = 0.0
     for runs in itertools.combinations_with_replacement(range(len(world.runs)), R):
         orders = math.factorial(R) / math.prod(map(math.factorial, Counter(runs).values()))
         p = orders * math.prod(world.runs[i].sampled for i in runs)
         g = estimate(world, runs, variants)
-        mean, square = mean + p * g, square + p * (g**2).sum(1)
+        mean = mean + p * g
+        square = square + p * (g**2).sum(1)
     return mean, square - (mean**2).sum(1)
 
 
-AXES = {"short_groups": ("keep", "truncate", "fill"), "baseline": ("group", "example"), "leave_one_out": (False, True),
-        "scale_rewards": ("std", "batch", "none"), "normalize": ("sequence", "token", "constant"), "failing": ("trained", "dropped")}
-VARIANTS = [dict(zip(AXES, values)) for values in itertools.product(*AXES.values())]
-
-
-def unbiased(o: dict) -> bool:
-    """What theory says: the advantage must not depend on the run's own sampling, nor the weight, and no call may be lost."""
-    return (o["short_groups"] == "keep" and o["baseline"] == "example" and o["leave_one_out"] and o["scale_rewards"] == "none"
-            and o["normalize"] == "constant" and o["failing"] == "trained")
-
-
+# --------------------------------------------------------------------------------------- the tables
 def report(world: World, mean: np.ndarray, variance: np.ndarray) -> list[dict]:
-    """Of each variant: scale, angle and remaining bias against the exact gradient, by call position too, and noise.
+    """Of each variant: scale, angle and remaining bias against the exact gradient, and noise.
 
-    `bias` is the relative distance to the exact gradient; `bias at best scale` that after one factor for all (a learning
-    rate can undo it); `cosine`; `by prompt`: the factor on each prompt's part of the gradient (equal: no distortion)."""
-    exact, rows = world.gradient, []
+    `bias` is the relative distance to the exact gradient; `bias at best scale` that after one
+    factor for all (a learning rate can undo it); `cosine`; `by prompt`: the factor on each prompt's
+    part of the gradient (equal: no distortion).
+    """
+    exact = world.gradient
+    size = np.linalg.norm(exact)
     parts = np.split(np.arange(len(exact)), len(CONTEXTS))
+    rows = []
     for g, var in zip(mean, variance):
-        cosine = g @ exact / max(np.linalg.norm(g) * np.linalg.norm(exact), 1e-300)
-        scale = g @ exact / (exact @ exact)
-        rows.append({"bias": np.linalg.norm(g - exact) / np.linalg.norm(exact), "cosine": cosine,
-                     "bias at best scale": math.sqrt(max(0.0, 1 - cosine**2)), "scale": scale,
-                     "by prompt": [g[p] @ exact[p] / (exact[p] @ exact[p]) for p in parts],
-                     "noise": math.sqrt(var) / max(np.linalg.norm(g), 1e-300)})
+        cosine = g @ exact / max(np.linalg.norm(g) * size, 1e-300)
+        by_prompt = [g[p] @ exact[p] / (exact[p] @ exact[p]) for p in parts]
+        rows.append(
+            {
+                "bias": np.linalg.norm(g - exact) / size,
+                "cosine": cosine,
+                "bias at best scale": math.sqrt(max(0.0, 1 - cosine**2)),
+                "scale": g @ exact / (exact @ exact),
+                "by prompt": by_prompt,
+                "noise": math.sqrt(var) / max(np.linalg.norm(g), 1e-300),
+            }
+        )
     return rows
 
 
@@ -209,40 +313,70 @@ def noisy(size: float):
     return lambda logits, rng: logits + rng.normal(0, size, logits.shape)
 
 
-SAMPLERS = {"logits in bf16": lambda logits, rng: torch.from_numpy(logits).bfloat16().double().numpy(),
-            "logits ± 0.03": noisy(0.03), "logits ± 0.1": noisy(0.1), "logits ± 0.3": noisy(0.3), "logits ± 1": noisy(1.0)}
+def in_bf16(logits: np.ndarray, rng) -> np.ndarray:
+    return torch.from_numpy(logits).bfloat16().double().numpy()
+
+
+SAMPLERS = {
+    "logits in bf16": in_bf16,
+    "logits ± 0.03": noisy(0.03),
+    "logits ± 0.1": noisy(0.1),
+    "logits ± 0.3": noisy(0.3),
+    "logits ± 1": noisy(1.0),
+}
 
 
 def mismatch_table(R: int, worlds: int) -> None:
-    """Print the relative bias, and the noise, of the unbiased estimator when its runs are a sampler's that is not quite the
-    policy: means over several worlds."""
-    print(f"\nThe exact estimator on {R} runs of a sampler that is not quite the policy, mean over {worlds} worlds: "
-          "relative bias and noise with --correction\n")
-    print(f"{'sampler':16}{'log-probs apart':>16} |" + "".join(f"{c:>15}" for c in CORRECTIONS))
-    print(f"{'':16}{'mean':>8}{'most':>8} |" + f"{'bias':>9}{'noise':>6}" * len(CORRECTIONS))
+    """Print the bias and noise of the unbiased estimator when its runs are not quite the policy's.
+
+    Each is relative, and the mean over several worlds.
+    """
+    print(
+        f"\nThe exact estimator on {R} runs of a sampler that is not quite the policy, mean over "
+        f"{worlds} worlds: relative bias and noise with --correction\n"
+    )
+    names = "".join(f"{c:>15}" for c in CORRECTIONS)
+    print(f"{'sampler':16}{'log-probs apart':>16} |{names}")
+    below = f"{'bias':>9}{'noise':>6}" * len(CORRECTIONS)
+    print(f"{'':16}{'mean':>8}{'most':>8} |{below}")
     for name, sampler in SAMPLERS.items():
-        apart, figures = [], []
+        apart = []  # of each token
+        how_often = []
+        figures = []
         for world in (World(seed, sampler) for seed in range(worlds)):
-            apart += [(abs(x), run.sampled) for run in world.runs for call in run.tokens for x in call.trained - call.sampled]
-            outcome = report(world, *expectation(world, R, CORRECTIONS, estimate_from_sampler))
-            figures.append([(r["bias"], r["noise"]) for r in outcome])
-        sizes, how_often = zip(*apart)
-        print(f"{name:16}{np.average(sizes, weights=how_often):8.4f}{max(sizes):8.4f} |" + "".join(f"{b:9.1e}{n:6.2f}" for b, n in np.mean(figures, 0)))
+            for run in world.runs:
+                for call in run.tokens:
+                    apart += abs(call.trained - call.sampled).tolist()
+                    how_often += [run.sampled] * len(call.trained)
+            moments = expectation(world, R, CORRECTIONS, estimate_from_sampler)
+            figures.append([(r["bias"], r["noise"]) for r in report(world, *moments)])
+        mean = np.average(apart, weights=how_often)
+        row = "".join(f"{bias:9.1e}{noise:6.2f}" for bias, noise in np.mean(figures, 0))
+        print(f"{name:16}{mean:8.4f}{max(apart):8.4f} |{row}")
 
 
 def main(R: int) -> None:
     world = World()
     assert abs(sum(r.probability for r in world.runs) - 1) < 1e-12
-    mean, variance = expectation(world, R, VARIANTS)
-    print(f"{len(world.runs)} runs, {math.comb(len(world.runs) + R - 1, R)} multisets of {R}; |exact gradient| "
-          f"{np.linalg.norm(world.gradient):.4f}; by prompt: {', '.join(CONTEXTS)}\n")
-    print(f"{'short':9}{'baseline':9}{'l-o-o':6}{'scale':6}{'normalize':10}{'failing':9}|{'bias':>9}{'cosine':>9}{'best':>7}{'noise':>7}"
-          "  factor by prompt")
-    order = sorted(zip(VARIANTS, report(world, mean, variance)), key=lambda pair: pair[1]["bias at best scale"])
-    for o, r in order:
-        print(f"{o['short_groups']:9}{o['baseline']:9}{'yes' if o['leave_one_out'] else 'no':6}{o['scale_rewards']:6}{o['normalize']:10}"
-              f"{o['failing']:9}|{r['bias']:9.1e}{r['cosine']:9.4f}{r['bias at best scale']:7.3f}{r['noise']:7.2f}  "
-              + " ".join(f"{x:6.3f}" for x in r["by prompt"]) + ("  exact" if r["bias"] < 1e-10 else ""))
+    outcome = report(world, *expectation(world, R, VARIANTS))
+    multisets = math.comb(len(world.runs) + R - 1, R)
+    print(
+        f"{len(world.runs)} runs, {multisets} multisets of {R}; |exact gradient| "
+        f"{np.linalg.norm(world.gradient):.4f}; by prompt: {', '.join(CONTEXTS)}\n"
+    )
+    print(
+        f"{'short':9}{'baseline':9}{'l-o-o':6}{'scale':6}{'normalize':10}{'failing':9}|"
+        f"{'bias':>9}{'cosine':>9}{'best':>7}{'noise':>7}  factor by prompt"
+    )
+    for o, r in sorted(zip(VARIANTS, outcome), key=lambda pair: pair[1]["bias at best scale"]):
+        leave_one_out = "yes" if o["leave_one_out"] else "no"
+        by_prompt = " ".join(f"{x:6.3f}" for x in r["by prompt"])
+        exact = "  exact" if r["bias"] < 1e-10 else ""
+        print(
+            f"{o['short_groups']:9}{o['baseline']:9}{leave_one_out:6}{o['scale_rewards']:6}"
+            f"{o['normalize']:10}{o['failing']:9}|{r['bias']:9.1e}{r['cosine']:9.4f}"
+            f"{r['bias at best scale']:7.3f}{r['noise']:7.2f}  {by_prompt}{exact}"
+        )
     mismatch_table(2, 4)
 
 

@@ -1,12 +1,14 @@
-"""A small LM from scratch for many-hop search in HotpotQA's articles, and the task that trains it further.
+"""A small LM from scratch for many-hop search in HotpotQA's articles, and the task to train it.
 
     python -m studies.pretrain_hotpotqa DATA OUT [--steps 1600]
     python mmgrpo.py train --task studies/pretrain_hotpotqa.py --data DATA --model OUT
 
-The LM learns from scripted runs of hover's program on made-up questions. The articles that a question of train, dev or test
-rests on are left out: they are neither searched nor asked for. A script answers well or badly by chance, as for the tiny LM.
-A search gives one article, of which the LM reads the first 60 words; all of it is indexed.
+The LM learns from scripted runs of hover's program on made-up questions. The articles that a
+question of train, dev or test rests on are left out: they are neither searched nor asked for. A
+script answers well or badly by chance, as for the tiny LM. A search gives one article, of which the
+LM reads the first 60 words; all of it is indexed.
 """
+
 import argparse
 import random
 import re
@@ -20,34 +22,47 @@ from program import Prediction, Task
 from studies import pretrain
 from tasks import hover
 
-WORDS, GOOD = 60, 0.45      # words that are read of an article; the chance of a good answer
-STARTS = set("what which who whose when where how are were is was do did does in on at of for it he she his her they this that "
-             "the a an and or as both after by from to with since its".split())
+WORDS = 60  # that are read of an article
+GOOD = 0.45  # the chance of a good answer
+
+# words that begin a sentence with a capital, and are no names
+STARTS = set(
+    "what which who whose when where how are were is was do did does in on at of for it he she his "
+    "her they this that the a an and or as both after by from to with since its".split()
+)
 
 
+# ----------------------------------------------------------------------------------------- the task
 def scored(example: dict, prediction: Prediction) -> dict:
     """The recall, and how many articles the run found in all."""
-    return {"reward": hover.recall(example, prediction), "documents": len(prediction.found)}
+    recall = hover.recall(example, prediction)
+    return {"reward": recall, "documents": len(prediction.found)}
 
 
 def load(folder: str = "") -> Task:
     """HotpotQA's questions, four searches of one article each."""
     task = hover.load(folder or ".")
     search = task.program.search
-    search.documents, search.articles = 1, {t: " ".join(text.split()[:WORDS]) for t, text in search.articles.items()}
+    search.documents = 1
+    search.articles = {t: " ".join(text.split()[:WORDS]) for t, text in search.articles.items()}
     task.metric = scored
-    task.defaults |= {"max_tokens": 64, "format_failure_score": 0.0, "steps": 25, "eval_every": 13}
+    task.defaults |= {
+        "max_tokens": 64,
+        "format_failure_score": 0.0,
+        "steps": 25,
+        "eval_every": 13,
+    }
     return task
 
 
 def unasked(task: Task) -> dict[str, str]:
     """The articles {title: text} that no question rests on."""
-    gold = {title for e in task.train + task.dev + task.test for title in e["titles"]}
-    return {title: text for title, text in task.program.search.articles.items() if title not in gold}
+    asked = {title for e in task.train + task.dev + task.test for title in e["titles"]}
+    articles = task.program.search.articles
+    return {title: text for title, text in articles.items() if title not in asked}
 
 
-# ---------------------------------------------------------------------------------------------------- scripted runs
-
+# --------------------------------------------------------------------------------- scripted answers
 def called(title: str) -> str:
     """What texts call the article: without "(film)"."""
     return title.split(" (")[0]
@@ -60,18 +75,29 @@ def names(text: str) -> list[str]:
 
 
 def fresh(question: dict, text: str, seen: set[str]) -> list[str]:
-    """What to look up of the names in the text: those of the question's articles, else any that was not looked up."""
+    """What to look up of the names in the text.
+
+    Those of the question's articles; if there are none, any that was not looked up.
+    """
     wanted = [called(t) for t in question["titles"] if t not in seen and called(t) in text]
-    return wanted or [n for n in names(text) if not any(n in t for t in seen)] or names(text) or [text[:20]]
+    if wanted:
+        return wanted
+    unseen = [n for n in names(text) if not any(n in t for t in seen)]
+    return unseen or names(text) or [text[:20]]
 
 
 def write_query(rng, question, good, inputs, seen) -> dict:
     """The name that comes next; or any name, or words of the question."""
-    known, words = " ".join([question["claim"], *inputs["key_facts"]]), question["claim"].split()
-    at = rng.randrange(len(words))
-    bad = lambda: rng.choice((rng.choice(names(known) or words), " ".join(words[at:at + 4])))
-    query = fresh(question, known, seen)[0] if good else bad()
-    return {"reasoning": rng.choice(("A name is next.", "I need one more.")), "query": query}
+    known = " ".join([question["claim"], *inputs["key_facts"]])
+    words = question["claim"].split()
+    start = rng.randrange(len(words))
+    if good:
+        query = fresh(question, known, seen)[0]
+    else:
+        bad = (rng.choice(names(known) or words), " ".join(words[start : start + 4]))
+        query = rng.choice(bad)
+    reasoning = rng.choice(("A name is next.", "I need one more."))
+    return {"reasoning": reasoning, "query": query}
 
 
 def write_note(rng, question, good, inputs, seen) -> dict:
@@ -79,64 +105,114 @@ def write_note(rng, question, good, inputs, seen) -> dict:
     title, text = inputs["search_results"][0].split(" | ", 1)
     known = f"{text} {question['claim']}"
     link = fresh(question, known, seen)[0] if good else rng.choice(names(known) or [title])
-    return {"reasoning": rng.choice(("I note a name.", "This leads on.")), "new_key_fact": f"{title}: {link}"}
+    reasoning = rng.choice(("I note a name.", "This leads on."))
+    return {"reasoning": reasoning, "new_key_fact": f"{title}: {link}"}
 
 
+# ------------------------------------------------------------------------------------ scripted runs
 class Writer(pretrain.Writer):
     """Calls of scripted runs on made-up questions over `articles` {title: text}."""
-    scripts = {"generate_query": (hover.QUERY_INSTRUCTIONS, write_query, GOOD),
-               "append_notes": (hover.NOTE_INSTRUCTIONS, write_note, GOOD)}
+
+    scripts = {
+        "generate_query": (hover.QUERY_INSTRUCTIONS, write_query, GOOD),
+        "append_notes": (hover.NOTE_INSTRUCTIONS, write_note, GOOD),
+    }
 
     def __init__(self, rng: random.Random, articles: dict[str, str]):
         super().__init__(rng)
-        self.search, self.titles = hover.Search(articles, documents=1), list(articles)
-        long = [t for t in articles if len(called(t)) > 4]
-        mentioned = lambda a: [b for b in long if called(b) in articles[a] and called(b) not in a]
-        self.links = {a: links for a in long if (links := mentioned(a))}
+        self.search = hover.Search(articles, documents=1)
+        self.titles = list(articles)
+        # article -> those that its text mentions; short names would be found in other words
+        long = [title for title in articles if len(called(title)) > 4]
+        self.links = {}
+        for a in long:
+            mentioned = [b for b in long if called(b) in articles[a] and called(b) not in a]
+            if mentioned:
+                self.links[a] = mentioned
 
     def prompt(self, name, module) -> float:
+        """Every prompt is the program's own."""
         return GOOD
 
     def words(self, title: str, least: int, without: str) -> str:
         """A stretch of the article's words, without a name."""
-        words = self.search.articles[title].replace(without, self.rng.choice(("one", "someone", "that"))).split()
-        at, n = self.rng.randrange(len(words)), self.rng.randint(least, 2 * least)
-        return " ".join(words[at:at + n]).strip(",.;")
+        instead = self.rng.choice(("one", "someone", "that"))
+        words = self.search.articles[title].replace(without, instead).split()
+        start = self.rng.randrange(len(words))
+        n = self.rng.randint(least, 2 * least)
+        return " ".join(words[start : start + n]).strip(",.;")
 
     def question(self) -> dict:
-        """{"claim", "titles"}: a third compares two articles, the others tell of one that mentions the second."""
-        choose, a = self.rng.choice, self.rng.choice(list(self.links))
+        """{"claim", "titles"}: of two articles that are compared, or of one that mentions another.
+
+        A third are comparisons.
+        """
+        choose = self.rng.choice
+        a = choose(list(self.links))
         if self.rng.random() < 0.33:
             b = choose(self.titles)
-            start = choose(("Which is older,", "Are", "Were", "Who was born first,", "What is it that", "Which of them is"))
-            claim = f"{start} {called(a)} {choose(('and', 'or'))} {called(b)} {self.words(a, 2, called(a))}?"
+            comparisons = (
+                "Which is older,",
+                "Are",
+                "Were",
+                "Who was born first,",
+                "What is it that",
+                "Which of them is",
+            )
+            start = choose(comparisons)
+            both = f"{called(a)} {choose(('and', 'or'))} {called(b)}"
+            claim = f"{start} {both} {self.words(a, 2, called(a))}?"
             return {"claim": claim, "titles": [a, b]}
         b = choose(self.links[a])
-        parts = [self.words(b, 3, called(b)), self.words(a, 6, called(b)), *[called(a)] * (self.rng.random() < 0.7)]
+        parts = [self.words(b, 3, called(b)), self.words(a, 6, called(b))]
+        if self.rng.random() < 0.7:
+            parts.append(called(a))
         self.rng.shuffle(parts)
-        start = choose(("What", "Who", "Which", "When was", "Where is", "In what year", "How many", "The"))
-        return {"claim": f"{start} {' '.join(parts)}{choose(('', ', who', ', what', ' in which year'))}?", "titles": [a, b]}
+        starts = (
+            "What",
+            "Who",
+            "Which",
+            "When was",
+            "Where is",
+            "In what year",
+            "How many",
+            "The",
+        )
+        start = choose(starts)
+        end = choose(("", ", who", ", what", " in which year"))
+        return {"claim": f"{start} {' '.join(parts)}{end}?", "titles": [a, b]}
 
     async def _calls(self):
         result = []
         for _ in range(20):
             question = self.question()
-            result += await self._run(hover.ResearchHop(self.search), {"claim": question["claim"]}, question)
+            program = hover.ResearchHop(self.search)
+            result += await self._run(program, {"claim": question["claim"]}, question)
         self.rng.shuffle(result)
         return result
 
 
+# ------------------------------------------------------------------------------------------- the LM
 def main(data: Path, out: Path, steps: int, tokens: int) -> None:
     torch.manual_seed(0)
-    rng, articles = random.Random(0), unasked(load(str(data)))
+    rng = random.Random(0)
+    articles = unasked(load(str(data)))
     writer = Writer(rng, articles)
-    texts = [t for _ in range(10) for prompt, answers in writer.calls() for t in (*(m["content"] for m in prompt), *answers)]
-    tokenizer = pretrain.build_tokenizer(out, [*articles.values(), *texts], vocabulary=4096)
+    texts = list(articles.values())
+    for _ in range(10):
+        for messages, completions in writer.calls():
+            texts += [m["content"] for m in messages]
+            texts += completions
+    tokenizer = pretrain.build_tokenizer(out, texts, vocabulary=4096)
     model = Transformer(ModelConfig.from_hf(pretrain.SHAPE | {"vocab_size": tokenizer.size}))
     pretrain.initialize(model, torch.Generator().manual_seed(0))
     held_out = next(pretrain.calls(random.Random(1), writer, tokenizer, tokens, of_prompts=0))
-    pretrain.fit(model, tokenizer, rng, pretrain.calls(rng, writer, tokenizer, tokens), steps, tokens, out,
-                 check=lambda: f"answers {F.cross_entropy(held_out.logits(model), held_out.targets):.3f}")
+    batches = pretrain.calls(rng, writer, tokenizer, tokens)
+
+    def check() -> str:
+        return f"answers {F.cross_entropy(held_out.logits(model), held_out.targets):.3f}"
+
+    pretrain.fit(model, tokenizer, rng, batches, steps, tokens, out, check)
 
 
 if __name__ == "__main__":

@@ -417,7 +417,7 @@ def test_a_full_disk_leaves_the_older_states(tmp_path, tokenizer, noisy, monkeyp
     kept = sorted((tmp_path / "run").glob("state-*"))
     def full(*_, **__):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr("checkpoint.safetensors.torch.save_file", full)
+    monkeypatch.setattr("run.state.safetensors.torch.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         trained(tokenizer, tmp_path / "run", options_of(tmp_path))
     assert sorted((tmp_path / "run").glob("state-*")) == kept
