@@ -456,7 +456,7 @@ def _is_trial(trial: Any, number: int, sizes: list[int]) -> bool:
     if not all(type(k) is int and 0 <= k < size for k, size in zip(choice, sizes)):
         return False
     score = trial.get("score")
-    return type(score) in (int, float) and math.isfinite(score)
+    return type(score) in (int, float) and abs(score) < math.inf
 
 
 def read_trials(path: Path, sizes: list[int]) -> list[dict]:

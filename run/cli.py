@@ -348,6 +348,8 @@ def run_merge(adapter: str, out: str, config: Config) -> str:
 # ---------------------------------------------------------------------- trajectories made elsewhere
 # what a call may carry, a number for each sampled token
 LOGPROBS = ["logprobs", "old_logprobs", "ref_logprobs"]
+# of a number in a file: further ones overflow on the way
+LARGEST = 1e100
 
 
 def read_trajectories(path: str) -> tuple[list[Trajectory], dict[int, dict]]:
@@ -405,7 +407,7 @@ def check_run(run, where: str, need: Callable[[bool, str, str], None]) -> None:
     need(run.get("status") in STATUSES, f"{where}.status", f"one of {', '.join(STATUSES)}")
     reward = run.get("reward")
     # NaN and infinity pass: their runs are excluded, as those to which a metric gives them
-    is_number = type(reward) in (int, float) and not 1e100 < abs(reward) < math.inf
+    is_number = type(reward) in (int, float) and not LARGEST < abs(reward) < math.inf
     need(is_number or run["status"] == "tool_error", f"{where}.reward", "a number of at most 1e100")
     need(isinstance(run.get("calls"), list), f"{where}.calls", "a list")
 
@@ -424,7 +426,7 @@ def check_call(call, where: str, need: Callable[[bool, str, str], None]) -> list
             given == LOGPROBS
             and isinstance(call[name], list)
             and len(call[name]) == len(call["logprobs"])
-            and all(type(x) in (int, float) and math.isfinite(x) for x in call[name])
+            and all(type(x) in (int, float) and abs(x) <= LARGEST for x in call[name])
         )
         what = f"{', '.join(LOGPROBS)}: a number for each sampled token"
         need(fits, f"{where}.{name}", what)

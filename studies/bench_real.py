@@ -46,6 +46,7 @@ from studies import bench
 from studies.bench import ROOT
 
 EXAMPLES, ROLLOUTS, DEMOS = 4, 8, 4
+TOKENS = {"banking77": 48, "hover": 96}  # sampled at the most a call
 STEPS = 3  # steps of ours that count; one before them does not
 TRL_TOKENS, TRL_BATCH = 24, 8
 DECODED = 32  # tokens of each row, from whose times a decode step's is the median
@@ -73,6 +74,7 @@ def real_task(place: Place, task: str, folder: str, **options) -> tuple[Task, Co
         "examples": EXAMPLES,
         "rollouts": ROLLOUTS,
         "labelled_demos": DEMOS,
+        "max_tokens": TOKENS[task],
         "lr": 3e-5,
     }
     task, config = load_task(given | options)
