@@ -38,6 +38,7 @@ from prompts.start import add_demos, labelled_demos, without_shown
 from run.figures import ParityError, measure
 from run.health import FirstFailures, StoppedError
 from run.loading import decoder, load_model, load_task, split_of
+from run.page import check_file, write_page
 from run.records import read_metrics
 from run.state import FREE, read_state, same_options, states, step_of
 from run.terminal import expected_of, lenient_output, show
@@ -114,11 +115,14 @@ def run_train(task: Task, config: Config) -> str:
 
 def run_replay(folder: str, step: str, config: Config) -> str:
     """Sample the rollouts of a step of a run once more, from the newest state before it or from the start; say whether they
-    are token for token those of the run, and show those of example --index of the step.
+    are token for token those of the run, and show those of example --index of the step. With --html (`show RUN STEP --html FILE`)
+    make the whole step once more, and write its page.
 
     A run's folder is data, which people share: a task file that it names is not run unless --task gives
     it on the command line, but for those of tasks/. Raises InputError naming it."""
     step = int(step)
+    if config.html:
+        check_file(config.html)
     try:
         options = json.loads((Path(folder) / "config.json").read_text())
         if not config.task and not re.fullmatch(r"\w+", options["task"]):
@@ -149,6 +153,8 @@ def run_replay(folder: str, step: str, config: Config) -> str:
             break
     for i in range(start, step - 1):
         mmgrpo.train_step(model, tokenizer, optimizer, reference, task, done, i)
+    if config.html:
+        return write_page(config.html, folder, digests[step], model, tokenizer, optimizer, reference, task, done, step - 1)
     trajectories, _ = mmgrpo.sample_step(model, tokenizer, task, done, step - 1)
     same = measure(trajectories, [], [])["digest"] == digests[step]
     batch = mmgrpo.batch_of(step - 1, done.examples, len(task.train), done.seed)
@@ -301,8 +307,8 @@ def parse_arguments(argv: list[str]) -> tuple[str, list]:
         mmgrpo.__doc__.split("\n\n")[1] + " Defaults are in brackets; a task may have its own, and a flag beats both."))
     parser.add_argument("command", choices=("train", "prompts", "eval", "show", "group", "replay", "merge"), help=(
         "train weights; search prompts; score a checkpoint; show one run; group trajectories; sample a step of a run again; merge an adapter"))
-    parser.add_argument("files", nargs="*", help="of group: a JSON file of trajectories, or - for standard input; of replay: the "
-                                                 "folder of a run and one of its steps; of merge: the folder of a LoRA adapter and a new one")
+    parser.add_argument("files", nargs="*", help="of group: a JSON file of trajectories, or - for standard input; of replay, and of show "
+                                                 "with --html: the folder of a run and one of its steps; of merge: the folder of a LoRA adapter and a new one")
     source = Path(sys.modules[Config.__module__].__file__).read_text(encoding="utf-8").split("class Config:")[1]
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", source, re.M))     # each field's comment is its help
     for f in dataclasses.fields(Config):
@@ -316,6 +322,12 @@ def parse_arguments(argv: list[str]) -> tuple[str, list]:
         if "strategy" in given:
             parser.error("prompts takes no --strategy; `train` does")
         given["strategy"] = "p"
+    if "html" in given and command != "show":
+        parser.error(f"{command} takes no --html; `show RUN STEP --html FILE` does")
+    if command == "show" and (files or "html" in given):    # a page is of a step that is made again
+        if len(files) != 2 or not files[1].isdecimal() or not given.get("html"):
+            parser.error("a page of a step needs all of: show RUN STEP --html FILE")
+        command = "replay"
     takes = {"group": "FILE", "replay": "RUN STEP", "merge": "ADAPTER OUT"}.get(command, "")
     if len(files) != len(takes.split()) or command == "replay" and not files[1].isdecimal():
         parser.error(f"{command} takes {takes or 'options only'}")

@@ -85,6 +85,7 @@ class Config:
     resume: bool = False            # go on with the task's last run in runs/
     split: str = "dev"              # of `eval` and `show`: train, dev or test
     index: int = 0                  # of `show`: which example
+    html: str = ""                  # of `show RUN STEP`: the file for the page of a step
     show_prompts: bool = False      # of `show` and `replay`: with the text of each prompt, as the LM was given it
 
     def __post_init__(self):
