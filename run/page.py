@@ -471,12 +471,12 @@ dd { margin: 0; }
 button { font: inherit; margin: 0 .3em .3em 0; cursor: pointer; text-align: left; }
 button.chosen { background: #234; color: #fff; }
 #hits button { display: block; border: 0; background: #f2f2f2; width: 100%; }
-table { border-collapse: collapse; }
+table { border-collapse: collapse; table-layout: fixed; }
 th, td { border: 1px solid #ccc; padding: .4em; vertical-align: top; text-align: left; }
 th { font-weight: normal; background: #f6f6f6; }
 thead th { position: sticky; top: 0; z-index: 2; }
-tbody th { position: sticky; left: 0; z-index: 1; min-width: 14em; max-width: 22em; }
-td { min-width: 20em; max-width: 32em; border-top: 4px solid #ccc; }
+tbody th { position: sticky; left: 0; z-index: 1; }
+td { border-top: 4px solid #ccc; }
 td.up { border-top-color: #2a8; }
 td.down { border-top-color: #d55; }
 td.nothing { background: #f7f7f7; }
@@ -488,16 +488,17 @@ b { font-weight: 600; }
 .error { color: #b00020; }
 pre { margin: .3em 0; font: 12px/1.45 ui-monospace, monospace; white-space: pre-wrap;
       overflow-wrap: anywhere; overflow-x: auto; unicode-bidi: isolate; }
+pre.tokens { content-visibility: auto; }
 summary { color: #357; cursor: pointer; }
 .wide { max-width: 70em; }
 """
 
 SCRIPT = r"""
 "use strict";
-const began = performance.now();
 const data = JSON.parse(document.getElementById("data").textContent);
 const at = (name) => document.getElementById(name);
 const LISTED = 100;                         // places that a search lists at the most
+const WIDTH = 24;                           // of a column, in em
 
 // An element. Text reaches the page here and nowhere else, and as text alone.
 function make(tag, kind, text, ...inside) {
@@ -553,8 +554,8 @@ function shade(element) {
   element.shaded = true;
 }
 
-// An element for each token is made when the completion comes into view, before that it is text:
-// a step of many runs has more tokens than a browser lays out in a second.
+// A step of many runs has more tokens than a browser lays out in a second. A completion is laid out
+// where it is in view, and an element for each of its tokens is made then; before, it is text.
 const inView = new IntersectionObserver((changes) => {
   for (const change of changes)
     if (change.isIntersecting && !change.target.shaded) shade(change.target);
@@ -562,6 +563,8 @@ const inView = new IntersectionObserver((changes) => {
 
 function tokensOf(call, from, to) {
   const element = block(call.tokens.slice(from, to).join(""), "tokens");
+  const lines = element.textContent.split("\n").length;
+  element.style.containIntrinsicSize = `auto ${WIDTH - 2}em auto ${1.45 * lines}em`;
   element.tokens = { call, from, to };
   inView.observe(element);
   return element;
@@ -584,9 +587,9 @@ function headOfSlot(slot) {
   if (opening)
     head.append(folded(`all prompts of ${slot.module} begin: ${size(opening)}`, block(opening)));
   if (slot.prompt)
-    head.append(folded(`then these prompts: ${size(slot.prompt)}`, block(slot.prompt)));
+    head.append(folded(`then the prompts of this row: ${size(slot.prompt)}`, block(slot.prompt)));
   if (slot.completion)
-    head.append(make("div", "quiet", "these completions begin:"), block(slot.completion));
+    head.append(make("div", "quiet", "the completions of this row begin:"), block(slot.completion));
   return head;
 }
 
@@ -646,7 +649,9 @@ function draw() {
     });
     body.append(row);
   });
-  at("example").append(about, make("table", "", "", make("thead", "", "", first), body));
+  const table = make("table", "", "", make("thead", "", "", first), body);
+  table.style.width = `${WIDTH * (example.runs.length + 1)}em`;
+  at("example").append(about, table);
   [...at("examples").children].forEach((button, i) => {
     button.className = i === chosen ? "chosen" : "";
   });
@@ -745,9 +750,6 @@ at("shading").onchange = () => {
 };
 draw();
 if (at("find").value) search();
-// how long it took, in milliseconds, the first layout included
-document.documentElement.dataset.height = document.body.offsetHeight;
-document.documentElement.dataset.opened = Math.round(performance.now() - began);
 """
 
 
