@@ -41,6 +41,7 @@ from run.config import flag_of, help_texts
 from run.figures import ParityError, measure
 from run.health import FirstFailures, StoppedError
 from run.loading import decoder, load_model, load_task, split_of
+from run.page import check_file, write_page
 from run.records import read_metrics
 from run.state import FREE, read_state, same_options, states, step_of
 from run.terminal import expected_of, lenient_output, show
@@ -213,9 +214,12 @@ def run_replay(folder: str, step: str, config: Config) -> str:
 
     The run goes on from its newest state before the step, or from the start. Returns whether they
     are token for token those of the run, below the traces of those of example --index of the step.
+    With --html the whole step is made again, and its page written.
     Raises InputError where the folder holds no such step.
     """
     step = int(step)
+    if config.html:
+        check_file(config.html)
     task, trained, digests = read_run(folder, config)
     if not digests:
         others = "".join(f"; {stage} does" for stage in sorted(Path(folder).glob("*-w")))
@@ -236,6 +240,9 @@ def run_replay(folder: str, step: str, config: Config) -> str:
             break
     for i in range(start, step - 1):
         mmgrpo.train_step(model, tokenizer, optimizer, reference, task, trained, i)
+    if config.html:
+        run = (model, tokenizer, optimizer, reference, task, trained)
+        return write_page(config.html, folder, digests[step], *run, step - 1)
     trajectories, _ = mmgrpo.sample_step(model, tokenizer, task, trained, step - 1)
 
     same = measure(trajectories, [], [])["digest"] == digests[step]
@@ -523,9 +530,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "files",
         nargs="*",
-        help="of group: a JSON file of trajectories, or - for standard input; of replay: the "
-        "folder of a run and one of its steps; of merge: the folder of a LoRA adapter and a new "
-        "one",
+        help="of group: a JSON file of trajectories, or - for standard input; of replay, and of "
+        "show with --html: the folder of a run and one of its steps; of merge: the folder of a "
+        "LoRA adapter and a new one",
     )
     helps = help_texts()
     types = {"int": int, "float": float, "str": str}
@@ -550,6 +557,13 @@ def parse_arguments(argv: list[str]) -> tuple[str, list]:
         if "strategy" in given:
             parser.error("prompts takes no --strategy; `train` does")
         given["strategy"] = "p"
+    if "html" in given and command != "show":
+        parser.error(f"{command} takes no --html; `show RUN STEP --html FILE` does")
+    if command == "show" and (files or "html" in given):
+        # a page is of a step that is made again
+        if len(files) != 2 or not files[1].isdecimal() or not given.get("html"):
+            parser.error("a page of a step needs all of: show RUN STEP --html FILE")
+        command = "replay"
     takes = FILES.get(command, "")
     if len(files) != len(takes.split()) or command == "replay" and not files[1].isdecimal():
         parser.error(f"{command} takes {takes or 'options only'}")

@@ -211,6 +211,8 @@ class Config:
     split: str = "dev"
     # of `show`: which example
     index: int = 0
+    # of `show RUN STEP`: the file for the page of a step
+    html: str = ""
     # of `show` and `replay`: with the text of each prompt, as the LM was given it
     show_prompts: bool = False
 

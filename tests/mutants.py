@@ -259,6 +259,28 @@ MUTANTS = [
     ("a measurement leaves other figures", "studies/bench.py", '["figures"] if OUT.exists() else {}', '["figures"] if 0 else {}', "bench"),
     ("a benchmark leaves no file", "studies/bench.py", 'env=os.environ | {"TMPDIR": folder},', 'env={**os.environ},', "bench"),
     ("a run is never written over", "run/cli.py", '    if done >= config.steps and (out / "result.json").exists():', "    if False:", "train"),
+    # the page of a step
+    ("no text adds an element to a page", "run/page.py", 'block.replace("<", "\\\\u003c")', "block", "page"),
+    ("what cannot be seen is written out on a page", "run/page.py", '("Cc", "Cf", "Cs", "Zl", "Zp")', '("Cc", "Cs", "Zl", "Zp")', "page"),
+    ("half a surrogate pair does not keep a page from being written", "run/page.py", '("Cc", "Cf", "Cs", "Zl", "Zp")', '("Cc", "Cf", "Zl", "Zp")', "page"),
+    ("a page is put together of text alone", "run/page.py", "element.textContent = text;", "element.innerHTML = text;", "page"),
+    ("a page loads nothing", "run/page.py", "default-src 'none'; ", "", "page"),
+    ("padded cells of a page stand in the row that they pad", "run/page.py", "(call.module, call.invocation) if whole else (group.module, group.invocation)", "(call.module, call.invocation)", "page"),
+    ("groups of whole runs have a place in every row of a page", "run/page.py", 'whole = step.config.level == "trajectory"', "whole = False", "page"),
+    ("rows of a page stand in the order of the runs", "run/page.py", "            before[slot].update(made[:place])\n", "", "page"),
+    ("a page tells a group's equal rewards from an example's", "run/page.py", '    if config.baseline == "example":', "    if False:", "page"),
+    ("a page tells what was truncated from what was left out", "run/page.py", ' and config.level == "call" and not grouped:', ":", "page"),
+    ("what a page folds is left out nowhere else", "run/page.py", 'shared = len(self.openings[call.module]) + len(head["prompt"])', 'shared = len(head["prompt"])', "page"),
+    ("a page folds at the ends of lines", "run/page.py", 'shared[: shared.rfind("\\n") + 1]', "shared", "page"),
+    ("what calls share stands once in a page", "run/page.py", 'shared[: shared.rfind("\\n") + 1]', '""', "page"),
+    ("half a character waits for its other half, and not for ever", "run/page.py", " and end - begin <= 4:", ":", "page"),
+    ("half a character waits for its other half", "run/page.py", 'if text.endswith("\\ufffd") and', "if False and", "page"),
+    ("a page of a warm start shows what was trained on", "run/page.py", "    if warm:", "    if False:", "page"),
+    ("fill draws for a page as it did for the step", "run/page.py", "(config.seed, index)", "(config.seed, 0)", "page"),
+    ("ratios of a page are those after the update over those before", "run/page.py", "torch.exp(after - before[key])", "torch.exp(before[key] - after)", "page"),
+    ("a step that cannot be trained again has a page", "run/page.py", "except (StoppedError, ProgramError, ParityError) as e:", "except ParityError as e:", "page"),
+    ("a page that cannot be written is refused before the step is made", "run/cli.py", "        check_file(config.html)\n", "        pass\n", "page"),
+    ("a page is asked for with its file", "run/cli.py", ' or not given.get("html"):', ":", "page"),
 ]
 
 
