@@ -18,6 +18,8 @@ REAL_DEFAULTS = {
     # An unreadable run earns no less than a wrong one: where any label beats none, the label that
     # is likeliest grows until all runs are alike. A warm start teaches the format instead.
     "format_failure_score": 0.0,
+    # Where right answers are rare, a step without any is no reason to give up.
+    "patience": 25,
 }
 
 
