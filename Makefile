@@ -43,9 +43,9 @@ test-peers: .venv-peers/ready
 bench: .venv-peers/ready
 	.venv-peers/bin/python -m $(if $(REAL),studies.bench_real $(call option,DATA,data) $(call option,MODEL,model),studies.bench) $(FIGURES)
 
-# Break the line that guards each law, one at a time; every one must turn a test red (about 10 minutes).
+# Break the line that guards each law, one at a time; every one must turn a test red (ARGS="words", or ARGS="--since COMMIT").
 mutants: .venv/ready
-	$(PY) tests/mutants.py $(ARGS)
+	$(PY) tests/mutate.py $(ARGS)
 
 # Compare an implementation that reads the `group` format (IMPL="command") with the conformance vectors; default: this one.
 conformance: .venv/ready
