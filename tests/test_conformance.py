@@ -57,7 +57,7 @@ def flags(options: dict) -> list[str]:
     return words
 
 
-# ------------------------------------------------------------------------------- what is compared
+# --------------------------------------------------------------------------------- what is compared
 def close(a, b, tolerance: float) -> bool:
     if not isinstance(a, (int, float)):
         return False
@@ -104,7 +104,7 @@ def differences(got: dict, want: dict, tolerance: float = 1e-9) -> list[str]:
     return found
 
 
-# ------------------------------------------------------------------------------------------- tests
+# -------------------------------------------------------------------------------------------- tests
 def our_output(path: Path, trajectories: list[dict], options: dict) -> dict:
     """What this repository's `group` makes of the trajectories; they are written to `path`."""
     # the script compares other implementations without it
@@ -160,7 +160,7 @@ def test_the_vectors_are_what_the_reference_makes():
         assert not differences(made[path.name]["expected"], stored["expected"], 1e-12)
 
 
-# ------------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------- the command
 def differences_of(command: list[str], vector: dict) -> list[str]:
     """What a command makes of a vector that is not as expected."""
     done = subprocess.run(

@@ -35,7 +35,7 @@ SCORES = {
 }
 
 
-# ---------------------------------------------------------------------- commands that do not run
+# ------------------------------------------------------------------------- commands that do not run
 def write_json(path, value):
     path.write_text(json.dumps(value))
 
@@ -116,7 +116,7 @@ def row(ledger, *starts):
     return cells
 
 
-# -------------------------------------------------------------------------------------- the ledger
+# --------------------------------------------------------------------------------------- the ledger
 def test_the_ledger_has_means_and_paired_differences(reproduce, commands, capsys):
     text = reproduce("--seeds", "3")
 
@@ -185,7 +185,7 @@ def test_what_is_done_is_skipped_and_what_was_written_about_it_is_kept(reproduce
     assert text.count("## Four arms") == 1
 
 
-# --------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 def test_a_command_that_fails_ends_it_with_its_last_words(monkeypatch, reproduce, commands):
     def run(command, stdout, **options):
         stdout.write("error: out of luck\n")
@@ -251,7 +251,7 @@ def test_a_damaged_file_is_named_and_the_ledger_stays(reproduce, commands, file,
     assert LEDGER.read_bytes() == before
 
 
-# ---------------------------------------------------------------------------------------- the plan
+# ----------------------------------------------------------------------------------------- the plan
 def test_longer_training_has_the_rollouts_of_prompts_and_weights():
     study = R.Study(Path("nowhere"), list(R.TASKS), 1, {}, "")
     for name in R.TASKS:
