@@ -3,7 +3,7 @@ TASK ?= hover
 PY := .venv/bin/python
 option = $(if $($(1)),--$(2) $($(1)))
 
-.PHONY: train prompts eval show reproduce data smollm2 pretrain test mutants conformance oracle resume-check fuzz test-peers bench clean
+.PHONY: train prompts eval show reproduce data smollm2 pretrain test mutants conformance oracle resume-check fuzz lint test-peers bench clean
 
 # Train the task's program with mmGRPO; everything the run leaves is in runs/TASK.
 # STRATEGY="p -> w" first searches its prompts; `make prompts` does only that.
@@ -42,6 +42,10 @@ test-peers: .venv-peers/ready
 # REAL=1: the same of SmolLM2-135M (`make smollm2`) on Banking77 and HotpotQA, which are in DATA (data/).
 bench: .venv-peers/ready
 	.venv-peers/bin/python -m $(if $(REAL),studies.bench_real $(call option,DATA,data) $(call option,MODEL,model),studies.bench) $(FIGURES)
+
+# Rules that catch bugs, the formatter's check, and the types of the three core files.
+lint: .venv/ready
+	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
 
 # Break the line that guards each law, one at a time; every one must turn a test red (ARGS="words", or ARGS="--since COMMIT").
 mutants: .venv/ready

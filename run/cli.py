@@ -37,7 +37,7 @@ from program import (
 from prompts.files import load_prompts, write_json
 from prompts.search import compose, plan
 from prompts.start import add_demos, labelled_demos, without_shown
-from run.config import flag_of, help_texts
+from run.config import CHOICES, flag_of, help_texts
 from run.figures import ParityError, measure
 from run.health import FirstFailures, StoppedError
 from run.loading import decoder, load_model, load_task, split_of
@@ -540,7 +540,9 @@ def make_parser() -> argparse.ArgumentParser:
         if field.type == "bool":
             kind = {"action": argparse.BooleanOptionalAction}
         else:
-            kind = {"type": types[field.type], "metavar": field.type.upper()}
+            choices = CHOICES.get(field.name)
+            shown = "{" + ",".join(choices) + "}" if choices else field.type.upper()
+            kind = {"type": types[field.type], "metavar": shown}
         # % would begin a format of argparse's
         text = f"{helps[field.name].replace('%', '%%')} [{field.default}]"
         parser.add_argument(flag_of(field.name), default=argparse.SUPPRESS, help=text, **kind)
