@@ -21,7 +21,7 @@ KERNEL = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-SECONDS = 300  # that a cell may take, on a busy machine
+SECONDS = 1800  # that a cell may take, on a busy machine
 
 
 def execute(path: Path) -> nbformat.NotebookNode:
@@ -31,10 +31,15 @@ def execute(path: Path) -> nbformat.NotebookNode:
     notebook = nbformat.read(path, as_version=4)
     # the kernel takes over this environment
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    place = {"metadata": {"path": str(path.parent)}}
-    NotebookClient(notebook, timeout=SECONDS, kernel_name="python3", resources=place).execute(
-        env=environment
+    client = NotebookClient(
+        notebook,
+        timeout=SECONDS,
+        kernel_name="python3",
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(path.parent)}},
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],
     )
+    client.execute(env=environment)
     return tidied(notebook, path.stem)
 
 

@@ -54,7 +54,7 @@ def draw_runs(
         axes.text(left + 0.15, run, f"{reward}  {trajectory.status}", va="center", fontsize=8)
         widest = max(widest, left)
     axes.set(
-        xlim=(-0.1, widest + 3.2),
+        xlim=(-0.1, widest + 2.2),
         ylim=(len(trajectories) - 0.4, -0.6),
         xticks=[],
         yticks=range(len(trajectories)),
@@ -89,7 +89,7 @@ def draw_tokens(
 
 def draw_tree(sequences: Sequence[Sequence[str]]) -> Axes:
     """The prefix tree of some sequences: every distinct prefix is one node."""
-    ordered = sorted(map(tuple, sequences))
+    ordered = sorted(set(map(tuple, sequences)))
     rows = {
         s[:depth]: row
         for row, s in reversed([*enumerate(ordered)])
@@ -100,7 +100,7 @@ def draw_tree(sequences: Sequence[Sequence[str]]) -> Axes:
         x = len(prefix) - 1
         if x > 0:
             axes.plot([x - 0.1, x], [rows[prefix[:-1]], row], color="k", lw=0.8, zorder=0)
-        shared = sum(s[: x + 1] == prefix for s in ordered) > 1
+        shared = sum(tuple(s[: x + 1]) == prefix for s in sequences) > 1
         axes.add_patch(
             Rectangle((x, row - 0.3), 0.9, 0.6, color=ORANGE if shared else GREY, ec="k")
         )
