@@ -15,6 +15,8 @@ from program import Prediction
 
 FOLDER = ROOT / "docs" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+# a line that draws; those in a function are indented
+DRAWS = re.compile(r"^(?!def |\s).*\b(?:plt\.show|draw_step|show_groups|show_advantages)\(", re.M)
 
 
 # ------------------------------------------------------------------------- exercises
@@ -147,7 +149,9 @@ def test_a_notebook_is_kept_as_it_should_be(path):
         f"{path.stem}-{i:02d}" for i in range(1, len(cells) + 1)
     ]
     outputs = [output for cell in code for output in cell["outputs"]]
-    assert any("image/png" in output.get("data", ()) for output in outputs)
+    for cell in code:
+        images = sum("image/png" in output.get("data", ()) for output in cell["outputs"])
+        assert images == len(DRAWS.findall("".join(cell["source"]))), cell["id"]
     assert not any(
         output["output_type"] == "error" or output.get("name") == "stderr" for output in outputs
     )
