@@ -3,7 +3,7 @@ TASK ?= hover
 PY := .venv/bin/python
 option = $(if $($(1)),--$(2) $($(1)))
 
-.PHONY: train prompts eval show reproduce data smollm2 pretrain test mutants conformance oracle resume-check fuzz lint test-peers bench clean
+.PHONY: train prompts eval show reproduce data smollm2 pretrain test mutants conformance oracle resume-check fuzz lint test-peers bench notebooks exercises clean
 
 # Train the task's program with mmGRPO; everything the run leaves is in runs/TASK.
 # STRATEGY="p -> w" first searches its prompts; `make prompts` does only that.
@@ -63,6 +63,14 @@ oracle: .venv/ready
 resume-check: .venv/ready
 	$(PY) -m studies.resume_check $(KILLS)
 
+# Execute the notebooks of docs/notebooks in place, outputs kept (about two minutes).
+notebooks: .venv/notebooks
+	$(PY) -m studies.notebooks
+
+# How the exercises of the notebooks stand, in docs/notebooks/exercises.py or in ANSWERS=FILE.py.
+exercises: .venv/ready
+	$(PY) tests/exercises_check.py $(ANSWERS)
+
 # A thousand damaged files: each is read, or refused by name.
 fuzz: .venv/ready
 	FUZZ=1000 $(PY) -m pytest tests/test_fuzz.py
@@ -71,6 +79,11 @@ fuzz: .venv/ready
 .venv/ready: pyproject.toml
 	python3 -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check --editable ".[test]"
+	touch $@
+
+# What the notebooks need besides; where it is there, `make test` executes them too.
+.venv/notebooks: .venv/ready
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable ".[notebooks]"
 	touch $@
 
 .venv-peers/ready: pyproject.toml
