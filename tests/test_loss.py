@@ -53,7 +53,7 @@ def value_of(loss) -> float:
     return float(torch.as_tensor(loss).detach())
 
 
-# ----------------------------------------------------------------------------------------- weights
+# ------------------------------------------------------------------------------------------ weights
 def has_tokens(member, trajectories) -> bool:
     """Whether a member of a group sampled any."""
     calls = trajectories[member.trajectory].calls
@@ -78,7 +78,7 @@ def test_the_weights_of_all_tokens_sum_to_at_most_one(ts, normalize, level):
         assert total == pytest.approx(1)
 
 
-# ---------------------------------------------------------------------------------- the fused head
+# ----------------------------------------------------------------------------------- the fused head
 row_counts = st.integers(1, 9) | st.just(600)
 vocabularies = st.integers(2, 50)
 temperatures = st.sampled_from([0.5, 1.0, 2.0])
@@ -216,7 +216,7 @@ def test_the_chunked_head_accumulates_in_fp32():
     assert (in_bf16 - in_fp32).norm() / in_fp32.norm() < 1e-3
 
 
-# ---------------------------------------------------------------------------------------- the loss
+# ----------------------------------------------------------------------------------------- the loss
 floats = st.floats(-3, 3)
 # new, old, advantage, weight, reference, factor, entropy
 loss_tokens = st.tuples(
