@@ -53,7 +53,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-import json
 import math
 import random
 import sys
@@ -100,6 +99,7 @@ from run.health import (
     remarks,
     too_many_excluded,
 )
+from run.journal import Journal
 from run.records import first_evaluation, read_metrics
 from run.state import load_state, save_state, states, step_of
 from run.terminal import expected_of, show, statuses, step_line
@@ -1587,12 +1587,12 @@ def _show_first(
         bar.write(f"step {step + 1:4d}, the first of its runs:\n{trace}")
 
 
-def _tell_step(bar: tqdm, log, history: list[dict]) -> None:
-    """Write the last step of the history to the log, and show on the terminal how it went."""
+def _tell_step(bar: tqdm, journal: Journal, history: list[dict]) -> None:
+    """Write the last step of the history down, and show on the terminal how it went."""
     metrics = history[-1]
     if sentence := collapsed(history):
         metrics["collapse"] = sentence
-    print(json.dumps(metrics), file=log, flush=True)
+    journal.write(metrics)
     reward = f"{metrics['reward']:.3f}"
     entropy = f"{metrics['surprise']:.3f}"
     bar.set_postfix(reward=reward, entropy=entropy, refresh=False)
@@ -1613,7 +1613,7 @@ def train(
 ) -> list[float]:
     """Train model's weights in place; return the dev scores, the first before any step.
 
-    What it leaves in the folder `out` is in the README ("What a run leaves"). A run that was
+    What it leaves in the folder `out` is in docs/training.md ("What a run leaves"). A run that was
     interrupted there goes on; it ends early once stop() is true.
 
     Raises StoppedError where it would get nowhere, and ProgramError for a bug in the program or the
@@ -1632,7 +1632,7 @@ def train(
     start, scores = load_state(out, model, optimizer, options)
     # the lines of all steps so far
     history, evaluations = read_metrics(out) if scores else ([], [])
-    log = (out / "metrics.jsonl").open("a" if scores else "w")
+    journal = Journal(out, append=bool(scores), log=config.log, options=options)
     bar = tqdm(
         range(start, config.steps),
         desc=config.task,
@@ -1663,8 +1663,7 @@ def train(
             if scores:
                 keep(step)
             raise
-        line = {"step": step, "dev": {"sampled": sampled, "greedy": greedy}}
-        print(json.dumps(line), file=log, flush=True)
+        journal.write({"step": step, "dev": {"sampled": sampled, "greedy": greedy}})
         save(model, tokenizer, out / "last")
         if sampled["score"] > max(scores, default=-math.inf):
             save(model, tokenizer, out / "best")
@@ -1689,7 +1688,7 @@ def train(
             keep(step)
             raise
         history.append(metrics)
-        _tell_step(bar, log, history)
+        _tell_step(bar, journal, history)
         ending = stop()
         if due(step + 1):
             check(step + 1)
@@ -1704,7 +1703,7 @@ def train(
                 f"{idle} steps in a row taught nothing (--patience {config.patience}): "
                 f"{metrics['idle']}"
             )
-    log.close()
+    journal.close()
     plot(out)
     return scores
 

@@ -20,13 +20,12 @@ from run.terminal import lenient_output
 
 def plot(out: Path) -> None:
     """Training reward and dev scores of a run against steps -> its curve.png."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    # not pyplot, which would take a notebook's way of showing figures from it
+    from matplotlib.figure import Figure
 
     steps, evaluations = read_metrics(out)
-    figure, axes = pyplot.subplots(figsize=(6, 4))
+    figure = Figure(figsize=(6, 4))
+    axes = figure.subplots()
     rewards = [m["reward"] for m in steps]
     of_training = {"color": "gray", "alpha": 0.5, "label": "training reward"}
     axes.plot([m["step"] for m in steps], rewards, **of_training)
@@ -39,7 +38,6 @@ def plot(out: Path) -> None:
     axes.set(xlabel="step", title=out.name)
     axes.legend()
     figure.savefig(out / "curve.png", dpi=120)
-    pyplot.close(figure)
 
 
 # Student's t, two-sided 95%, by degrees of freedom; with more than 9 it is taken as with 9

@@ -20,6 +20,7 @@ CHOICES = {
     "correction": ("auto", "none", "tis", "icepop"),
     "dtype": ("auto", "float32", "bfloat16"),
     "split": ("train", "dev", "test"),
+    "log": ("none", "tensorboard", "trackio", "wandb"),
 }
 
 # What a number must be at least, where that is not 0.
@@ -205,6 +206,8 @@ class Config:
     eval_examples: int = 100
     # steps between sampled runs that are printed while training (0: none are)
     show_every: int = 10
+    # what draws the figures of a training besides metrics.jsonl, if it is installed
+    log: str = "none"
     # go on with the task's last run in runs/
     resume: bool = False
     # of `eval` and `show`: train, dev or test

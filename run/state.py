@@ -33,6 +33,8 @@ FREE = (
     "patience",
     "show_every",
     "show_prompts",
+    "html",
+    "log",
 )
 
 KEPT_STATES = 2
