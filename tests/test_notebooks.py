@@ -1,4 +1,4 @@
-"""The notebooks for teaching: they run, and their exercises tell a right answer from a wrong one."""
+"""The notebooks run, and their exercises tell a right answer from a wrong one."""
 
 import ast
 import importlib.util

@@ -184,7 +184,7 @@ def company(p: float, runs: int) -> float:
 
 
 def shrink(runs: int) -> float:
-    """4.3  What is left of the gradient, in expectation, where the baseline includes the run's own reward.
+    """4.3  What is left of the mean gradient where the baseline includes the run's own reward.
 
     The baseline is the mean reward of all `runs` runs of the example; nothing is divided by a
     standard deviation. Return the factor.
