@@ -193,7 +193,7 @@ def prefill(model, cache, rows, cut, shared):
 
 
 def shared_ranges(cache, n, masks):
-    """What `cache.decode` takes: ranges and who sees them; with `masks` not by slots as well."""
+    """Ranges for `cache.decode`, and who sees them; with `masks` the ranges have no slots."""
     found = cache.shared(n)
     sees = torch.zeros(len(found), n, dtype=torch.bool)
     ranges = []
