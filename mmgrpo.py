@@ -120,7 +120,7 @@ def first_above(x: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
     bound = torch.minimum(bound, just_below_total)
     place = torch.searchsorted(sums, bound[:, None], right=True).clamp(max=x.shape[1] - 1)  # (S, 1)
     before = (sums.gather(1, place) - x.gather(1, place))[:, 0]  # (S,)
-    # rounding makes the rest negative, and place 0 would be drawn
+    # clamped: rounding can make the rest negative, for which no later place would be drawn
     return place[:, 0], (bound - before).clamp(min=0)
 
 

@@ -360,7 +360,7 @@ LARGEST = 1e100
 
 
 def read_trajectories(path: str) -> tuple[list[Trajectory], dict[int, dict]]:
-    """The input of `group` (README, "Grouping trajectories made elsewhere"), checked.
+    """The input of `group` (docs/training.md, "Grouping trajectories made elsewhere"), checked.
 
     Returns the trajectories, and id(completion) -> the call as given, for those with log-probs.
     Raises InputError naming file and field.

@@ -826,7 +826,7 @@ FIGURES = (
     loss_costs,
 )
 
-# of the README's table: figure -> its name, the other side
+# of docs/speed.md's table: figure -> its name, the other side
 ROWS = {
     "grpo_step": ("a GRPO step, s", "TRL"),
     "time_to_score": ("banking77 to a dev score of 0.6, s of training", "TRL"),
@@ -883,7 +883,7 @@ def machine() -> str:
         if models:
             cpu = models[0].split(":")[1].strip()
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{torch.get_num_threads()} cores, {cpu}{gpu}"
+    return f"{os.cpu_count()} cores, {cpu}{gpu}"
 
 
 def measure(figures: dict) -> None:

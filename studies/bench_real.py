@@ -398,7 +398,7 @@ FIGURES = {
     "real_update_efficiency": real_update_efficiency,
 }
 
-# of the README's table: figure -> its name, the other side, and how the ratio reads
+# of docs/speed.md's table: figure -> its name, the other side, and how the ratio reads
 ROWS = {
     "real_step": ("a GRPO step on Banking77, s", "TRL", "{:.0f}x"),
     "real_memory": ("peak memory of it, GB", "TRL", "{:.1f}x"),
@@ -463,7 +463,9 @@ def main(argv: list[str]) -> None:
     option("--data", default="data", help="folder with banking77/ and hotpotqa/ [data]")
     option("--model", default=str(FOLDER), help=f"folder of the LM [{FOLDER}]")
     option(
-        "--table", action="store_true", help="only print the README's table of the stored figures"
+        "--table",
+        action="store_true",
+        help="only print docs/speed.md's table of the stored figures",
     )
     given = parser.parse_args(argv)
     if given.table:

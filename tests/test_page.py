@@ -66,7 +66,7 @@ def written(told, title="a title"):
 
 def data_in(text):
     """The data of a page, as its script reads them."""
-    block, = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
+    (block,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
     return json.loads(block)
 
 
@@ -84,6 +84,7 @@ def strings_in(value):
 
 # ------------------------------------------------------------------------------- text stays text
 
+
 def hostile_runs(text, example=None, rollout=0):
     """Two runs in which everything that can be a text is this one."""
     example = text if example is None else example
@@ -99,6 +100,7 @@ def hostile_runs(text, example=None, rollout=0):
 
 class Elements(HTMLParser):
     """The elements of a page, with their attributes."""
+
     def __init__(self, text):
         super().__init__()
         self.found = []
@@ -110,7 +112,9 @@ class Elements(HTMLParser):
 
 
 USUAL = Elements(written(described(hostile_runs("usual")))).found
-anything = st.sampled_from(HOSTILE) | st.text(st.characters() | st.sampled_from("<>/!-&'\"\u202e\ud800"))
+anything = st.sampled_from(HOSTILE) | st.text(
+    st.characters() | st.sampled_from("<>/!-&'\"\u202e\ud800")
+)
 
 
 @given(anything, anything)
@@ -136,12 +140,23 @@ def test_what_cannot_be_seen_is_written_out_and_the_rest_stays():
     assert page.plain(seen) == seen
     assert page.plain("\u202ea\x1b\ud800\U000e0041") == r"\u202ea\x1b\ud800\U000e0041"
     assert page.plain({"x": (float("nan"), float("-inf"), 0.5, None, True)}) == {
-        "x": ["nan", "-inf", 0.5, None, True]}
+        "x": ["nan", "-inf", 0.5, None, True]
+    }
 
 
 def test_the_script_makes_no_markup_of_text_and_no_code():
-    for way in ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval(", "Function(",
-                "srcdoc", "setAttribute", "DOMParser", "createContextualFragment"):
+    for way in (
+        "innerHTML",
+        "outerHTML",
+        "insertAdjacent",
+        "document.write",
+        "eval(",
+        "Function(",
+        "srcdoc",
+        "setAttribute",
+        "DOMParser",
+        "createContextualFragment",
+    ):
         assert way not in page.SCRIPT
     assert "default-src 'none'" in page.TEMPLATE and "http:" not in page.TEMPLATE
     assert "https:" not in page.TEMPLATE and "unsafe" not in page.TEMPLATE
@@ -149,12 +164,14 @@ def test_the_script_makes_no_markup_of_text_and_no_code():
 
 # -------------------------------------------------------------------------------- what stands where
 
-options = st.fixed_dictionaries({
-    "short_groups": st.sampled_from(["keep", "truncate", "fill"]),
-    "group_size": st.sampled_from([0, 0, 2]),
-    "level": st.sampled_from(["call", "call", "trajectory"]),
-    "baseline": st.sampled_from(["group", "example"]),
-})
+options = st.fixed_dictionaries(
+    {
+        "short_groups": st.sampled_from(["keep", "truncate", "fill"]),
+        "group_size": st.sampled_from([0, 0, 2]),
+        "level": st.sampled_from(["call", "call", "trajectory"]),
+        "baseline": st.sampled_from(["group", "example"]),
+    }
+)
 
 
 @given(trajectory_sets(), options)
@@ -195,8 +212,14 @@ def test_the_cells_with_an_advantage_are_the_members_of_the_groups(trajectories,
             for cell in column["cells"]:
                 slot = example["slots"][cell["slot"]]["name"]
                 if "advantage" in cell:
-                    found[example["name"].removeprefix("example "), int(column["name"][4:]), slot,
-                          cell["call"], cell["advantage"], cell["weight"]] += 1
+                    found[
+                        example["name"].removeprefix("example "),
+                        int(column["name"][4:]),
+                        slot,
+                        cell["call"],
+                        cell["advantage"],
+                        cell["weight"],
+                    ] += 1
     assert found == wanted
 
 
@@ -234,16 +257,22 @@ def test_a_long_run_does_not_push_a_call_behind_what_follows_it():
 
 
 def test_runs_that_disagree_on_the_order_have_a_page_too():
-    runs = [run(0, [call("a", 0, "p", "t"), call("b", 0, "p", "t")]),
-            run(1, [call("b", 0, "p", "t"), call("a", 0, "p", "t")])]
+    runs = [
+        run(0, [call("a", 0, "p", "t"), call("b", 0, "p", "t")]),
+        run(1, [call("b", 0, "p", "t"), call("a", 0, "p", "t")]),
+    ]
     assert sorted(page.slots_of(runs)) == [("a", 0), ("b", 0)]
 
 
 # ------------------------------------------------------------------------------ why nothing is learned
 
+
 def pair(first, second, **more):
     """Two runs of one call with these rewards."""
-    return [run(0, [call("ask", 0, "p", "t")], first), run(1, [call("ask", 0, "p", "t")], second, **more)]
+    return [
+        run(0, [call("ask", 0, "p", "t")], first),
+        run(1, [call("ask", 0, "p", "t")], second, **more),
+    ]
 
 
 def longer(first, second):
@@ -253,25 +282,52 @@ def longer(first, second):
     return runs
 
 
-@pytest.mark.parametrize("runs, given_options, where, says", [
-    (longer(0.0, 1.0), {}, (0, 1), "the group has one run, and nothing to compare it with"),
-    (pair(0.5, 0.5), {}, (0, 0), "all 2 rewards of the group are equal"),
-    (pair(0.5, 0.5), {"baseline": "example"}, (0, 0), "all 2 rewards of the example are equal"),
-    (pair(0.5, 0.5)[:1], {"baseline": "example"}, (0, 0), "the example has one run"),
-    ([*pair(0.0, 1.0), run(2, [call("ask", 0, "p", "t")], 0.5)], {}, (2, 0), "its reward is the mean of"),
-    (pair(0.0, None, status="tool_error"), {}, (1, 0), "excluded: a tool or the metric failed"),
-    (pair(0.0, float("nan")), {}, (1, 0), "excluded: the run's reward is nan"),
-    (longer(0.0, 1.0), {"short_groups": "truncate"}, (0, 1), "excluded: not every run made this call"),
-    (pair(0.0, 1.0), {"group_size": 1}, (1, 0), "excluded: not among the 1 members that --group-size"),
-    (pair(0.0, 1.0), {"group_size": 1, "level": "trajectory", "short_groups": "truncate"}, (1, 0),
-     "excluded: not among the 1 members that --group-size"),
-    (pair(0.0, 1.0), {"warm": True}, (1, 0), "warm start: it could not be read"),
-    ([run(0, [call("ask", 0, "p", "")], 1.0), *pair(0.0, 0.0)[1:]], {}, (0, 0), "no token was sampled"),
-])
+@pytest.mark.parametrize(
+    "runs, given_options, where, says",
+    [
+        (longer(0.0, 1.0), {}, (0, 1), "the group has one run, and nothing to compare it with"),
+        (pair(0.5, 0.5), {}, (0, 0), "all 2 rewards of the group are equal"),
+        (pair(0.5, 0.5), {"baseline": "example"}, (0, 0), "all 2 rewards of the example are equal"),
+        (pair(0.5, 0.5)[:1], {"baseline": "example"}, (0, 0), "the example has one run"),
+        (
+            [*pair(0.0, 1.0), run(2, [call("ask", 0, "p", "t")], 0.5)],
+            {},
+            (2, 0),
+            "its reward is the mean of",
+        ),
+        (pair(0.0, None, status="tool_error"), {}, (1, 0), "excluded: a tool or the metric failed"),
+        (pair(0.0, float("nan")), {}, (1, 0), "excluded: the run's reward is nan"),
+        (
+            longer(0.0, 1.0),
+            {"short_groups": "truncate"},
+            (0, 1),
+            "excluded: not every run made this call",
+        ),
+        (
+            pair(0.0, 1.0),
+            {"group_size": 1},
+            (1, 0),
+            "excluded: not among the 1 members that --group-size",
+        ),
+        (
+            pair(0.0, 1.0),
+            {"group_size": 1, "level": "trajectory", "short_groups": "truncate"},
+            (1, 0),
+            "excluded: not among the 1 members that --group-size",
+        ),
+        (pair(0.0, 1.0), {"warm": True}, (1, 0), "warm start: it could not be read"),
+        (
+            [run(0, [call("ask", 0, "p", "")], 1.0), *pair(0.0, 0.0)[1:]],
+            {},
+            (0, 0),
+            "no token was sampled",
+        ),
+    ],
+)
 def test_a_zero_advantage_has_its_reason(runs, given_options, where, says):
     column, slot = where
     cells = described(runs, **given_options)["examples"][0]["runs"][column]["cells"]
-    cell, = [cell for cell in cells if cell["slot"] == slot]
+    (cell,) = [cell for cell in cells if cell["slot"] == slot]
     assert says in cell["why"]
 
 
@@ -287,21 +343,28 @@ lines = st.lists(st.sampled_from(["a\n", "bc\n", "d"]), max_size=6).map("".join)
 
 @given(st.lists(st.tuples(lines, lines), min_size=1, max_size=5))
 def test_what_is_folded_and_what_is_not_make_up_the_whole(texts):
-    runs = [run(r, [call("ask", 0, "in\n" + prompt, "t" * 9 + text)]) for r, (prompt, text) in enumerate(texts)]
+    runs = [
+        run(r, [call("ask", 0, "in\n" + prompt, "t" * 9 + text)])
+        for r, (prompt, text) in enumerate(texts)
+    ]
     told = described(runs)
-    example, = told["examples"]
-    slot, = example["slots"]
+    (example,) = told["examples"]
+    (slot,) = example["slots"]
     for (prompt, text), column in zip(texts, example["runs"]):
-        made, = column["calls"]
+        (made,) = column["calls"]
         assert told["openings"]["ask"] + slot["prompt"] + made["prompt"] == "in\n" + prompt
-        assert slot["completion"] == "".join(made["tokens"][:slot["folded"]])
-        assert "".join(made["tokens"]) == "t" * 9 + text and len(made["logprobs"]) == len(made["tokens"])
+        assert slot["completion"] == "".join(made["tokens"][: slot["folded"]])
+        assert "".join(made["tokens"]) == "t" * 9 + text and len(made["logprobs"]) == len(
+            made["tokens"]
+        )
     if len(texts) > 1:
         assert slot["folded"] >= 9 and told["openings"]["ask"].startswith("in\n")
 
 
 def test_prompts_fold_at_the_ends_of_lines_and_short_beginnings_of_completions_not_at_all():
-    told = described([run(0, [call("ask", 0, "one\ntwo", "yes")]), run(1, [call("ask", 0, "one\ntwin", "yet")])])
+    told = described(
+        [run(0, [call("ask", 0, "one\ntwo", "yes")]), run(1, [call("ask", 0, "one\ntwin", "yet")])]
+    )
     assert told["openings"]["ask"] == "one\n" and told["examples"][0]["slots"][0]["folded"] == 0
 
 
@@ -322,14 +385,19 @@ def test_tokens_that_are_no_text_are_pieces_too(tokenizer, data):
         longest = max(longest, len(ids))
         return tokenizer.tokenizer.decode(ids, skip_special_tokens=False)
 
-    halves = [i for i in range(tokenizer.size) if decode([i]) == "\ufffd"]     # bytes that are no character
-    ids = data.draw(st.lists(st.sampled_from(halves) | st.integers(0, tokenizer.size - 1), max_size=40))
+    halves = [
+        i for i in range(tokenizer.size) if decode([i]) == "\ufffd"
+    ]  # bytes that are no character
+    ids = data.draw(
+        st.lists(st.sampled_from(halves) | st.integers(0, tokenizer.size - 1), max_size=40)
+    )
     assert len(page.pieces(ids, decode)) == len(ids)
     assert len(page.pieces(halves[:1] * 40, decode)) == 40
-    assert longest <= 6                     # else a completion of thousands of tokens would take minutes
+    assert longest <= 6  # else a completion of thousands of tokens would take minutes
 
 
 # ------------------------------------------------------------------------------------- a large step
+
 
 def words(ids):
     return "".join(f" w{i:03d}" for i in ids)
@@ -366,13 +434,15 @@ def large_page(**sizes):
 
 def test_the_page_of_a_large_step_does_not_repeat_what_calls_share():
     assert len(large_page()) < 3_000_000
-    assert len(large_page(prompt=3000)) - len(large_page()) < 100_000      # 2.9 MB of prompts more
+    assert len(large_page(prompt=3000)) - len(large_page()) < 100_000  # 2.9 MB of prompts more
 
 
 # -------------------------------------------------------------------------------- a step made again
 
+
 class Pair(Program):
     """Four calls, whatever comes back: a random LM cannot follow a format."""
+
     def __init__(self):
         self.first, self.second = Module("x -> y", "First."), Module("x -> y", "Second.")
 
@@ -390,7 +460,9 @@ def metric(example, prediction):
 
 
 TASK = Task(Pair(), metric, [{"x": str(i)} for i in range(5)], [{"x": "dev"}], [{"x": "test"}])
-SMALL = G.Config(examples=3, rollouts=4, max_tokens=4, max_calls=4, slots=8, batch_tokens=2000, warmup=0)
+SMALL = G.Config(
+    examples=3, rollouts=4, max_tokens=4, max_calls=4, slots=8, batch_tokens=2000, warmup=0
+)
 
 
 def again(model, tokenizer, config=SMALL, task=TASK):
@@ -398,10 +470,21 @@ def again(model, tokenizer, config=SMALL, task=TASK):
     return page.train_again(model, tokenizer, optimizer, reference, task, config, 1)
 
 
-@pytest.mark.parametrize("given_options", [
-    {}, {"short_groups": "truncate"}, {"short_groups": "fill"}, {"group_size": 2}, {"level": "trajectory"},
-    {"normalize": "token"}, {"normalize": "constant"}, {"baseline": "example", "leave_one_out": True},
-    {"scale_rewards": "batch"}, {"warm_start": 3}])
+@pytest.mark.parametrize(
+    "given_options",
+    [
+        {},
+        {"short_groups": "truncate"},
+        {"short_groups": "fill"},
+        {"group_size": 2},
+        {"level": "trajectory"},
+        {"normalize": "token"},
+        {"normalize": "constant"},
+        {"baseline": "example", "leave_one_out": True},
+        {"scale_rewards": "batch"},
+        {"warm_start": 3},
+    ],
+)
 def test_what_is_shown_is_what_was_trained_on(model, tokenizer, monkeypatch, given_options):
     if "warm_start" in given_options:
         monkeypatch.setattr(G, "readable_share", lambda trajectories: 0.1)
@@ -412,7 +495,9 @@ def test_what_is_shown_is_what_was_trained_on(model, tokenizer, monkeypatch, giv
         return trained[-1]
 
     monkeypatch.setattr(G, "weigh", recorded)
-    step, metrics = again(model, tokenizer, dataclasses.replace(SMALL, interrupt=0.5, **given_options))
+    step, metrics = again(
+        model, tokenizer, dataclasses.replace(SMALL, interrupt=0.5, **given_options)
+    )
     at_training, at_showing = trained
     assert at_training == at_showing == step.rows and at_training
     assert step.warm_start == ("warm_start" in given_options)
@@ -438,18 +523,25 @@ def test_a_step_that_cannot_be_trained_again_has_a_page_without_ratios(model, to
         raise OSError("no route to the judge")
 
     step, metrics = again(model, tokenizer, task=dataclasses.replace(TASK, metric=silent))
-    assert not step.ratios and "no route to the judge" in dict(page.figures(step, metrics, ""))["no update"]
+    assert (
+        not step.ratios
+        and "no route to the judge" in dict(page.figures(step, metrics, ""))["no update"]
+    )
     told = page.Description(step, lambda ids: "x" * len(ids)).whole()
     assert told["examples"][0]["told"] == "4 runs, no rewards"
 
 
 # --------------------------------------------------------------------------------- the command line
 
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A run of two steps of the tiny LM."""
     folder = tmp_path_factory.mktemp("page") / "run"
-    few = [f"--{k}={v}" for k, v in {"steps": 2, "examples": 2, "rollouts": 4, "eval-examples": 2}.items()]
+    few = [
+        f"--{k}={v}"
+        for k, v in {"steps": 2, "examples": 2, "rollouts": 4, "eval-examples": 2}.items()
+    ]
     assert cli.main(["train", "--task", "banking77", *few, "--out", str(folder)]) == 0
     return folder
 
@@ -461,7 +553,7 @@ def test_show_writes_the_page_of_a_step(folder, tmp_path, capsys):
     data = data_in(file.read_text(encoding="utf-8"))
     assert data["title"] == f"step 2 of {folder}" and len(data["examples"]) == 2
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    step, = [m for m in metrics if m.get("step") == 2 and "reward" in m]
+    (step,) = [m for m in metrics if m.get("step") == 2 and "reward" in m]
     assert dict(data["figures"])["reward"] == f"{step['reward']:.3f}"
     assert f"gradient {step['grad_norm']:.3g}" in dict(data["figures"])["update"]
     for example in data["examples"]:
@@ -469,18 +561,24 @@ def test_show_writes_the_page_of_a_step(folder, tmp_path, capsys):
         assert about["text"] in example["slots"][0]["prompt"] and about["intent"]
 
 
-@pytest.mark.parametrize("arguments, says", [
-    (["show", "RUN", "2"], "show RUN STEP --html FILE"),
-    (["show", "--html", "FILE"], "show RUN STEP --html FILE"),
-    (["show", "RUN", "--html", "FILE"], "show RUN STEP --html FILE"),
-    (["show", "RUN", "two", "--html", "FILE"], "show RUN STEP --html FILE"),
-    (["show", "RUN", "2", "--html", ""], "show RUN STEP --html FILE"),
-    (["train", "--html", "FILE"], "train takes no --html"),
-    (["show", "RUN", "2", "--html", "FOLDER/none/page.html"], "FOLDER/none/page.html: expected the name of"),
-    (["show", "RUN", "2", "--html", "FOLDER"], "--html FOLDER: expected the name of a file"),
-    (["show", "RUN", "3", "--html", "FILE"], "step 3: the run has steps 1 to 2"),
-    (["show", "FOLDER", "1", "--html", "FILE"], "FOLDER: holds no run"),
-])
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["show", "RUN", "2"], "show RUN STEP --html FILE"),
+        (["show", "--html", "FILE"], "show RUN STEP --html FILE"),
+        (["show", "RUN", "--html", "FILE"], "show RUN STEP --html FILE"),
+        (["show", "RUN", "two", "--html", "FILE"], "show RUN STEP --html FILE"),
+        (["show", "RUN", "2", "--html", ""], "show RUN STEP --html FILE"),
+        (["train", "--html", "FILE"], "train takes no --html"),
+        (
+            ["show", "RUN", "2", "--html", "FOLDER/none/page.html"],
+            "FOLDER/none/page.html: expected the name of",
+        ),
+        (["show", "RUN", "2", "--html", "FOLDER"], "--html FOLDER: expected the name of a file"),
+        (["show", "RUN", "3", "--html", "FILE"], "step 3: the run has steps 1 to 2"),
+        (["show", "FOLDER", "1", "--html", "FILE"], "FOLDER: holds no run"),
+    ],
+)
 def test_a_mistaken_use_is_named(folder, tmp_path, capsys, arguments, says):
     (tmp_path / "there").mkdir()
     names = {"RUN": folder, "FILE": tmp_path / "page.html", "FOLDER": tmp_path / "there"}
@@ -499,7 +597,9 @@ def test_a_mistaken_use_is_named(folder, tmp_path, capsys, arguments, says):
 
 # -------------------------------------------------------------------------------------- in a browser
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 in_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium was found")
 
 
@@ -509,11 +609,20 @@ def browse(folder, text, state="", *flags):
     These, for a machine that does other work says nothing by its clock."""
     file, profile = folder / "page.html", folder / "profile"
     file.write_text(text, encoding="utf-8")
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1600,1200",
-               f"--user-data-dir={profile}", "--virtual-time-budget=3000", *flags]
+    command = [
+        BROWSER,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--window-size=1600,1200",
+        f"--user-data-dir={profile}",
+        "--virtual-time-budget=3000",
+        *flags,
+    ]
     with (folder / "dumped").open("w+", encoding="utf-8") as dumped:
-        process = subprocess.Popen([*command, f"{file.as_uri()}#{state}"], stdout=dumped,
-                                   stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [*command, f"{file.as_uri()}#{state}"], stdout=dumped, stderr=subprocess.DEVNULL
+        )
         seconds, began = 0.0, time.monotonic()
         while process.poll() is None:
             if time.monotonic() - began > 300:
@@ -533,13 +642,14 @@ def seconds_of_renderer(profile):
             command = (folder / "cmdline").read_text(errors="replace")
             if "--type=renderer" in command and str(profile) in command:
                 figures = (folder / "stat").read_text().rpartition(")")[2].split()
-                ticks = int(figures[11]) + int(figures[12])         # in the program, in the kernel
+                ticks = int(figures[11]) + int(figures[12])  # in the program, in the kernel
                 most = max(most, ticks / os.sysconf("SC_CLK_TCK"))
     return most
 
 
 def text_in(dumped, element="body"):
     """The text of the elements of a name, entities read."""
+
     class Reader(HTMLParser):
         def __init__(self):
             super().__init__()
@@ -583,29 +693,49 @@ def test_a_browser_shows_hostile_text_as_text(tmp_path):
 
 @in_browser
 def test_a_browser_shows_a_step_and_finds_texts(tmp_path):
-    runs = [run(0, [call("ask", 0, "Q\none", "needle one"), call("note", 0, "N", "noted")], 1.0),
-            run(1, [call("ask", 0, "Q\ntwo", "other two")], 0.0, status="max_calls", error="too many"),
-            run(0, [call("ask", 0, "Q\nelse", "a Needle")], 0.5, "e1")]
+    runs = [
+        run(0, [call("ask", 0, "Q\none", "needle one"), call("note", 0, "N", "noted")], 1.0),
+        run(1, [call("ask", 0, "Q\ntwo", "other two")], 0.0, status="max_calls", error="too many"),
+        run(0, [call("ask", 0, "Q\nelse", "a Needle")], 0.5, "e1"),
+    ]
     told = described(runs)
     dumped, _ = browse(tmp_path, written(told), "find=NEEDLE", "--dump-dom")
     seen = text_in(dumped)
-    for part in ("run 0 reward 1.000, completed", "run 1 reward 0.000, max_calls", "too many", "ask[0]",
-                 "advantage +0.7070, weight", "advantage -0.7070", "group of 2, mean reward 0.500",
-                 "the group has one run", "not reached", "2 texts", "example e1, run 0, call 1: … a Needle"):
+    for part in (
+        "run 0 reward 1.000, completed",
+        "run 1 reward 0.000, max_calls",
+        "too many",
+        "ask[0]",
+        "advantage +0.7070, weight",
+        "advantage -0.7070",
+        "group of 2, mean reward 0.500",
+        "the group has one run",
+        "not reached",
+        "2 texts",
+        "example e1, run 0, call 1: … a Needle",
+    ):
         assert part in seen, part
     assert "example e1: 1 runs" in seen and dumped.count('class="up found"') == 1
-    assert re.search(r'<span title="token 0: log-prob -0.5" style="background-color: [^"]+">n</span>', dumped)
+    assert re.search(
+        r'<span title="token 0: log-prob -0.5" style="background-color: [^"]+">n</span>', dumped
+    )
     dumped, _ = browse(tmp_path, written(told), "example=1&find=needle", "--dump-dom")
     assert dumped.count('class="nothing found"') == 1
 
 
 @in_browser
 def test_a_browser_colours_tokens_by_their_ratio(tmp_path):
-    step = step_of([run(0, [call("ask", 0, "p", "ab")], 1.0), run(1, [call("ask", 0, "p", "cd")], 0.0)])
+    step = step_of(
+        [run(0, [call("ask", 0, "p", "ab")], 1.0), run(1, [call("ask", 0, "p", "cd")], 0.0)]
+    )
     first, second = [t.calls[0].completion for t in step.trajectories]
     step.ratios.update({id(first): [1.5, 1.0], id(second): [1.0, 0.5]})
-    dumped, _ = browse(tmp_path, written(page.Description(step, spelt).whole()), "shading=ratio", "--dump-dom")
-    colours = dict(re.findall(r'<span title="[^"]*" style="background-color: ([^"]*);">(\w)</span>', dumped))
+    dumped, _ = browse(
+        tmp_path, written(page.Description(step, spelt).whole()), "shading=ratio", "--dump-dom"
+    )
+    colours = dict(
+        re.findall(r'<span title="[^"]*" style="background-color: ([^"]*);">(\w)</span>', dumped)
+    )
     colours = {token: colour for colour, token in colours.items()}
     assert "30, 160, 110" in colours["a"] and "220, 70, 70" in colours["d"]
 
