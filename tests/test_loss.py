@@ -587,12 +587,13 @@ def test_the_gradients_of_ranks_sum_to_the_whole_one(rows, ranks):
 
 
 def test_a_gradient_is_the_same_each_time_with_two_threads():
-    """Eight completions of one prompt: eight gradients meet in the state of its last token."""
+    """The gradients of 900 completions meet in the state of their prompt's last token."""
     model = make_model(vocab_size=V, hidden_size=128)
     rows = []
-    for prompt in range(12):
-        for token in range(1, 9):
-            rows.append(row([prompt, 1, 2], [token] * 30, [-3.7] * 30, 0.1 * token, 0.01))
+    for first in range(1, 31):
+        for second in range(1, 31):
+            advantage = 0.1 * first - 0.07 * second
+            rows.append(row([1, 2], [first, second, 3], [-3.7] * 3, advantage, 0.01))
 
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
