@@ -338,6 +338,8 @@ def check_file(file: str) -> None:
     """Raises InputError where there is no such file to be written."""
     if Path(file).is_dir() or not Path(file).absolute().parent.is_dir():
         raise InputError(f"--html {file}: expected the name of a file, in a folder that is there")
+    if Path(file).is_file() and not Path(file).read_bytes().startswith(b"<!"):
+        raise InputError(f"--html {file}: is there, and no page; another name leaves it as it is")
 
 
 def scores(model, trajectories: list[Trajectory], config: Config, vocabulary: int) -> dict:

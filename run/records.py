@@ -37,7 +37,7 @@ def read_metrics(out: Path) -> tuple[list[dict], list[dict]]:
     path = out / "metrics.jsonl"
     lines = read_lines(path)
     for i, line in enumerate(lines, 1):
-        if not (isinstance(line, dict) and (is_step(line) or "dev" in line)):
+        if not (isinstance(line, dict) and (is_step(line) or is_evaluation(line))):
             raise InputError(f"{path}, line {i}: is neither a step nor an evaluation")
     steps = [line for line in lines if "reward" in line]
     evaluations = [line for line in lines if "dev" in line]
@@ -53,7 +53,24 @@ def is_step(line: dict) -> bool:
     ended = line.get("statuses")
     if not isinstance(calls, dict) or not isinstance(ended, dict):
         return False
-    return type(calls.get("trained")) is int and are_counts(ended)
+    if type(calls.get("trained")) is not int or not are_counts(ended):
+        return False
+    try:
+        tokens = [module["tokens"] for module in line["modules"].values()]
+        seconds = [*line["seconds"].values()]
+    except (LookupError, TypeError, AttributeError):
+        return False
+    return all(type(n) in (int, float) for n in tokens + seconds)
+
+
+def is_evaluation(line: dict) -> bool:
+    """Whether a line of metrics.jsonl holds the scores of an evaluation, and what it took."""
+    try:
+        parts = [line["dev"][how] for how in ("sampled", "greedy")]
+        numbers = [part[name] for part in parts for name in ("score", "stderr", "seconds")]
+    except (LookupError, TypeError):
+        return False
+    return type(line.get("step")) is int and all(type(n) in (int, float) for n in numbers)
 
 
 def are_counts(statuses: dict) -> bool:

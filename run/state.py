@@ -139,9 +139,13 @@ def load_state(
             print(f"{folder}: cannot be used ({e}); trying the one before", file=sys.stderr)
             continue
         same_options(out, state["config"], options)
-        if metrics.stat().st_size < state["metrics_bytes"]:
+        size = state["metrics_bytes"]
+        if metrics.stat().st_size < size:
             raise InputError(f"{metrics}: is shorter than when {folder.name} was saved")
-        os.truncate(metrics, state["metrics_bytes"])
+        # nothing is cut where the cut would part a line
+        if not metrics.read_bytes()[:size].endswith(b"\n"):
+            raise InputError(f"{metrics}: is not as it was when {folder.name} was saved")
+        os.truncate(metrics, size)
         print(f"{out}: going on from step {state['step']}", file=sys.stderr)
         return state["step"], state["scores"]
     if states(out):
@@ -180,13 +184,15 @@ def read_files(folder: Path, masters: list[Tensor]) -> tuple[dict, dict[str, Ten
         if state["digest"] != _digest(path):
             raise ValueError(f"{path.name} is not as it was written")
         if not (
-            type(state["step"]) is type(state["metrics_bytes"]) is int
+            state["step"] == step_of(folder)
+            and type(state["metrics_bytes"]) is int
             and isinstance(state["config"], dict)
             and isinstance(state["scores"], list)
+            and all(type(score) is float for score in state["scores"])
         ):
             raise ValueError("state.json is not as it was written")
         tensors = safetensors.torch.load_file(path)
-    except (OSError, LookupError, TypeError, safetensors.SafetensorError) as e:
+    except (OSError, LookupError, TypeError, RecursionError, safetensors.SafetensorError) as e:
         raise ValueError(f"{type(e).__name__}: {e}") from None
 
     # what is left with a dot is the optimizer's, as "0.exp_avg"

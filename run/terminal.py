@@ -38,9 +38,12 @@ def shorten(value, longest: int = 0) -> str:
     else:
         try:
             text = json.dumps(value, ensure_ascii=False, default=str)
-        # keys that are no text, or a list in itself
+        # keys that are no text, a list in itself, or a number of more digits than Python writes
         except (TypeError, ValueError, RecursionError):
-            text = repr(value)
+            try:
+                text = repr(value)
+            except Exception as e:
+                text = f"a {type(value).__name__} that cannot be written ({type(e).__name__})"
     text = " ".join(text.split())
     return text[:longest] + "…" if 0 < longest < len(text) else text
 

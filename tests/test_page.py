@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from strategies import trajectory, trajectory_sets
 
 import mmgrpo as G
-from program import Call, Completion, Module, Prediction, Program, Task, ToolCall
+from program import Call, Completion, InputError, Module, Prediction, Program, Task, ToolCall
 from run import cli, page
 
 HOSTILE = [
@@ -752,3 +752,14 @@ def test_a_browser_opens_a_step_of_64_runs_of_6_calls_in_a_second(tmp_path):
 def test_a_browser_draws_the_page(tmp_path):
     browse(tmp_path, large_page(runs=4), "", f"--screenshot={tmp_path / 'page.png'}")
     assert (tmp_path / "page.png").stat().st_size > 20_000
+
+
+def test_a_page_replaces_a_page_and_no_other_file(tmp_path):
+    file = tmp_path / "step.html"
+    file.write_text("<!DOCTYPE html>")
+    page.check_file(str(file))
+
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 0}\n')
+    with pytest.raises(InputError, match="is there, and no page"):
+        page.check_file(str(metrics))

@@ -82,6 +82,11 @@ def test_advice_names_options_that_there_are():
     assert named <= there
 
 
+def test_what_python_cannot_write_is_named_by_its_kind():
+    """JSON and repr refuse a number of more than 4,300 digits."""
+    assert shorten({"x": 10**5000}) == "a dict that cannot be written (ValueError)"
+
+
 def test_what_an_lm_says_does_not_steer_the_terminal():
     run = ended("completed", reward=1.0)
     steering = "\x1b[2J\x07\x9b1mfine\x7f"

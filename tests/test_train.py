@@ -1076,6 +1076,20 @@ def no_step_in_the_states(folder):
         (path / "state.json").write_text('{"step": "x"}')
 
 
+def changed_states(folder, change):
+    for path in states_of(folder):
+        state = json.loads((path / "state.json").read_text())
+        (path / "state.json").write_text(json.dumps(state | change))
+
+
+def another_step_in_the_states(folder):
+    changed_states(folder, {"step": -3})
+
+
+def no_score_in_the_states(folder):
+    changed_states(folder, {"scores": ["x", None]})
+
+
 def begins_with(line):
     """The metrics begin with this line, and are as long as before."""
 
@@ -1101,7 +1115,8 @@ def renamed(name, other):
 
 
 NO_DEV = '{"dev": 1}'
-NO_STATUSES = '{"dev": {"sampled": {"statuses": 3}}}'
+SCORED = '{"score": 0.0, "stderr": 0.0, "seconds": 0.0}'
+NO_STATUSES = f'{{"step": 0, "dev": {{"sampled": {SCORED}, "greedy": {SCORED}}}}}'
 
 
 @pytest.mark.parametrize(
@@ -1112,8 +1127,13 @@ NO_STATUSES = '{"dev": {"sampled": {"statuses": 3}}}'
         (no_step_in_the_states, "none of its states can be used"),
         (begins_with("{}"), "line 1: is neither a step nor an evaluation"),
         (begins_with("3"), "line 1: is neither a step nor an evaluation"),
-        (begins_with(NO_DEV), "line 1: is no dev evaluation, with which a run begins"),
-        (begins_with(NO_STATUSES), "line 1: is no dev evaluation"),
+        (begins_with(NO_DEV), "line 1: is neither a step nor an evaluation"),
+        (begins_with(NO_STATUSES), "line 1: is no dev evaluation, with which a run begins"),
+        (renamed('"modules"', '"modulez"'), "line 2: is neither a step nor an"),
+        (renamed('"greedy"', '"greedx"'), "line 1: is neither a step nor an"),
+        (renamed('"stderr"', '"stdfrr"'), "line 1: is neither a step nor an"),
+        (another_step_in_the_states, "none of its states can be used"),
+        (no_score_in_the_states, "none of its states can be used"),
         (renamed('"surprise"', '"surprize"'), "line 2: is neither a step nor an"),
         (renamed('"trained"', '"trainet"'), "line 2: is neither a step nor an"),
     ],
@@ -1126,6 +1146,18 @@ def test_a_damaged_run_is_refused(run, damage, says):
     assert ran.code == 2
     assert says in ran.error
     assert "Traceback" not in ran.error
+
+
+def test_lines_that_grew_are_not_cut_in_the_middle(run):
+    run("train", "--steps", "1")
+    path = run.folder / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"step": 1,', '"step": 1   ,', 1))
+    before = path.read_text()
+
+    ran = run("train", "--steps", "2")
+    assert ran.code == 2
+    assert "metrics.jsonl: is not as it was when state-" in ran.error
+    assert path.read_text() == before
 
 
 def test_a_step_is_replayed_past_a_stray_folder_and_a_damaged_state(run):
