@@ -481,6 +481,8 @@ def run_group(path: str, config: Config) -> str:
         result["groups"].append({**key, "members": members})
     if scored:
         result["loss"] = loss_of(rows, logprobs, config)
+        if not math.isfinite(result["loss"]):
+            raise InputError(f"{path}: the loss is {result['loss']}: log-probs are too far apart")
     return json.dumps(result)
 
 

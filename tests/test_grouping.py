@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from strategies import keyed, rewards, trajectory, trajectory_sets
 
 import mmgrpo as G
-from program import STATUSES
+from program import STATUSES, InputError
 from run import cli
 
 VOTING = tuple(status for status in STATUSES if status != "tool_error")
@@ -458,3 +458,17 @@ def test_group_input_that_is_no_json_object_is_refused(group, text):
     status, _, error = group(text)
     assert status == 2
     assert error.startswith("error: -: ")
+
+
+def test_a_loss_that_no_number_holds_is_told(tmp_path):
+    """JSON has no infinity; exp(800) is none of Python's numbers."""
+    runs = []
+    for rollout, old in enumerate((0, -800)):
+        call = {"module": "ask", "logprobs": [0], "old_logprobs": [old], "ref_logprobs": [0]}
+        run = {"example": "e", "rollout": rollout, "reward": 1 - rollout, "status": "completed"}
+        runs.append(run | {"calls": [call]})
+    path = tmp_path / "far.json"
+    path.write_text(json.dumps({"trajectories": runs}))
+
+    with pytest.raises(InputError, match="far.json: the loss is inf: log-probs are too far apart"):
+        cli.run_group(str(path), cli.Config())
