@@ -1128,6 +1128,7 @@ NO_STATUSES = f'{{"step": 0, "dev": {{"sampled": {SCORED}, "greedy": {SCORED}}}}
         (begins_with("{}"), "line 1: is neither a step nor an evaluation"),
         (begins_with("3"), "line 1: is neither a step nor an evaluation"),
         (begins_with(NO_DEV), "line 1: is neither a step nor an evaluation"),
+        (begins_with(NO_STATUSES.replace("0.0", "null")), "line 1: is neither a step nor an"),
         (begins_with(NO_STATUSES), "line 1: is no dev evaluation, with which a run begins"),
         (renamed('"modules"', '"modulez"'), "line 2: is neither a step nor an"),
         (renamed('"greedy"', '"greedx"'), "line 1: is neither a step nor an"),
