@@ -357,7 +357,7 @@ class Sampler:
         return done
 
     def _admit(self) -> None:
-        """Prefill waiting prompts, every distinct prefix once; sample the first token of each."""
+        """Prefill waiting prompts, a kept prefix not again; sample the first token of each."""
         kept_before = self.prefixes.end
         taken = self._take()
         kept = self.prefixes.end
@@ -423,7 +423,7 @@ class Sampler:
         """Take finished sequences out of their slots."""
         n = len(self.live)
         state = torch.stack((self.running[:n].long(), self.count[:n], self.cache.lengths[:n]))
-        # the one time in a step that the host waits for the device
+        # here the host waits for the device, once a step; then once for each sequence that has ended
         running, counts, lengths = state.tolist()
 
         # from behind: the last live sequence, which fills the gap, is then never a finished one
@@ -970,7 +970,8 @@ def policy_loss(
     factors c (see correction_factors; without, 1) and the bonus for the entropy H of the token's
     distribution, which ignores that the token decides what comes after it.
     """
-    # 1 on fresh rollouts (but for dropout), its gradient that of log pi
+    # on fresh rollouts 1, but for dropout and an uncorrected sampler that rounds otherwise;
+    # its gradient is then that of log pi
     ratio = torch.exp(logprobs - old_logprobs)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     gain = torch.minimum(ratio * advantages, clipped * advantages)

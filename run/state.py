@@ -1,8 +1,9 @@
 """A training run on disk: one that was killed goes on to the same weights, bit for bit.
 
-A state is everything that the next step depends on: the fp32 weights, AdamW's moments, the step,
-the dev scores so far and the options. Randomness and data order need nothing saved: they are
-functions of the seed and the step. It is written to a temporary folder, flushed to the disk and
+A state has the fp32 weights, AdamW's moments, the step, the dev scores so far and the options. With
+metrics.jsonl, whose lines decide on a warm start and on patience, that is everything that the next
+step depends on. Randomness and data order need nothing saved: they are functions of the seed and
+the step. It is written to a temporary folder, flushed to the disk and
 renamed, so that a folder with its name is whole; the last two are kept.
 """
 

@@ -93,6 +93,24 @@ def test_off_or_new_the_logits_are_those_of_the_base_bit_for_bit(dtype):
     assert all(layer.on for layer in lora_layers(model).values())
 
 
+def test_in_bf16_no_fp32_copy_of_an_input_waits_for_the_backward_pass():
+    """One for each layer would take more memory than LoRA saves."""
+    model = with_lora(dtype=torch.bfloat16)
+    parameters = {p.data_ptr() for p in model.parameters()}
+    kept = []
+
+    def keep(tensor):
+        if tensor.dtype == torch.float32 and tensor.data_ptr() not in parameters:
+            kept.append(tuple(tensor.shape))
+        return tensor
+
+    lora = model.layers[0].mlp.down_proj
+    x = torch.randn(1, 7, lora.in_features).bfloat16()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        lora(x).sum()
+    assert not [shape for shape in kept if shape[-2:] == x.shape[-2:]]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_the_base_never_moves_and_the_adapters_are_fp32(tokenizer, dtype, beta):

@@ -10,6 +10,7 @@ import torch
 from conftest import make_model
 from hypothesis import given
 from hypothesis import strategies as st
+from programs import Loose, Two
 
 import mmgrpo as G
 import model as M
@@ -21,8 +22,6 @@ from program import (
     Completion,
     InputError,
     Module,
-    Prediction,
-    Program,
     Task,
     ToolError,
     Trajectory,
@@ -33,16 +32,6 @@ from prompts import start as S
 from prompts.files import difference, load_prompts, prompts_of, save_prompts
 from run import cli, loading
 from run.records import cost, read_metrics
-
-
-class Two(Program):
-    def __init__(self):
-        self.ask = Module("x -> y", "Ask.")
-        self.note = Module("x, y -> z", "Note.")
-
-    async def forward(self, x):
-        y = (await self.ask(x=x)).y
-        return Prediction(z=(await self.note(x=x, y=y)).z)
 
 
 def always_one(example, prediction):
@@ -614,18 +603,6 @@ def test_strategies_are_stages_in_turn(strategy, kinds):
 def test_a_strategy_that_cannot_be_read_is_refused(strategy):
     with pytest.raises(InputError, match="--strategy"):
         P.stages(strategy)
-
-
-class Loose(Two):
-    """Whatever a random LM says will do."""
-
-    async def forward(self, x):
-        for module, inputs in ((self.ask, {"x": x}), (self.note, {"x": x, "y": ""})):
-            try:
-                await module(**inputs)
-            except ValueError:
-                pass
-        return Prediction(x=x)
 
 
 def random_score(example, prediction):

@@ -10,40 +10,19 @@ import torch
 from conftest import make_model
 from hypothesis import given
 from hypothesis import strategies as st
+from programs import Loose, Two
 from strategies import trajectory
 
 import mmgrpo as G
 import model as M
 from lm.tokenizer import CheckpointError
-from program import Completion, InputError, Module, Prediction, Program, Task, parse, render_outputs
+from program import Completion, InputError, Prediction, Task, parse, render_outputs
 from prompts import search as P
 from prompts import start as S
 from prompts.files import load_prompts, prompts_of
 from run import cli
 from run.records import cost, read_metrics
 from tasks import banking77, hover, papillon
-
-
-class Two(Program):
-    def __init__(self):
-        self.ask = Module("x -> y", "Ask.")
-        self.note = Module("x, y -> z", "Note.")
-
-    async def forward(self, x):
-        y = (await self.ask(x=x)).y
-        return Prediction(z=(await self.note(x=x, y=y)).z)
-
-
-class Loose(Two):
-    """Whatever a random LM says will do."""
-
-    async def forward(self, x):
-        for module, inputs in ((self.ask, {"x": x}), (self.note, {"x": x, "y": ""})):
-            try:
-                await module(**inputs)
-            except ValueError:
-                pass
-        return Prediction(x=x)
 
 
 def shown(example):
