@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Callable, TextIO
 
 import torch
+from tqdm import tqdm
 
 import mmgrpo
 from lm.lora import lora_layers, merged
@@ -35,6 +36,7 @@ from program import (
     Trajectory,
 )
 from prompts.files import load_prompts, write_json
+from prompts.imitate import imitate
 from prompts.search import compose, plan
 from prompts.start import add_demos, labelled_demos, without_shown
 from run.config import CHOICES, flag_of, help_texts
@@ -352,6 +354,30 @@ def run_merge(adapter: str, out: str, config: Config) -> str:
     return f"{out}: {adapter} merged, in {config.dtype}"
 
 
+def run_imitate(task: Task, config: Config) -> str:
+    """Train on labelled demonstrations; write the checkpoint --out, which a training starts from."""
+    if not config.out:
+        raise InputError("--out: imitate needs a folder for its checkpoint")
+    if Path(config.out).exists():
+        raise InputError(f"{config.out}: is there already")
+    model, tokenizer = load_model(config)
+    bar = tqdm(total=config.imitation_steps, desc="imitate", unit="step", disable=None)
+
+    def watch(step: int, surprise: float) -> None:
+        bar.update()
+        if step % 8 == 0 or step + 1 == config.imitation_steps:
+            tqdm.write(f"step {step + 1:4d}  {surprise:.3f} nats a token", file=sys.stderr)
+
+    with bar:
+        surprises = imitate(task, model, tokenizer, config, watch)
+    save_pretrained(merged(model), tokenizer, config.out)
+    return (
+        f"{config.out}: {surprises[0]:.2f} -> {surprises[-1]:.2f} nats a token of the "
+        f"demonstrations of {config.imitated} training examples, "
+        f"{config.imitation_steps} steps of {config.examples}"
+    )
+
+
 # ---------------------------------------------------------------------- trajectories made elsewhere
 # what a call may carry, a number for each sampled token
 LOGPROBS = ["logprobs", "old_logprobs", "ref_logprobs"]
@@ -509,6 +535,7 @@ COMMANDS = {
     "group": run_group,
     "replay": run_replay,
     "merge": run_merge,
+    "imitate": run_imitate,
 }
 
 # the commands that work on files, which stand before the options
@@ -527,7 +554,7 @@ def make_parser() -> argparse.ArgumentParser:
         "command",
         choices=tuple(COMMANDS),
         help="train weights; search prompts; score a checkpoint; show one run; group trajectories; "
-        "sample a step of a run again; merge an adapter",
+        "sample a step of a run again; merge an adapter; train on labelled demonstrations",
     )
     parser.add_argument(
         "files",

@@ -32,6 +32,8 @@ LEAST = {
     "inner_epochs": 1,
     "eval_every": 1,
     "minibatch": 1,
+    "imitated": 1,
+    "imitation_steps": 1,
     "full_every": 1,
     "dev_seed": -1,
     "warm_start": -1,
@@ -128,6 +130,11 @@ class Config:
     # first steps that, while less than a quarter of their calls can be read,
     # only train on those that can (-1: 12 where less than half of the first dev runs are readable)
     warm_start: int = -1
+
+    # of `imitate`: training examples whose demonstrations it trains on
+    imitated: int = 64
+    # of `imitate`: supervised steps, of --examples examples each
+    imitation_steps: int = 32
 
     # ----------------------------------------------------------------------------------------- loss
 

@@ -1,0 +1,127 @@
+"""A supervised start: train an LM on labelled demonstrations before any rollout.
+
+Where an LM cannot follow the format, or names one answer whatever it is asked, no rollout tells
+right from wrong and the policy gradient has nothing to work on. A few steps on what training
+examples show (`Task.demonstrate`) give it both: the format, and answers as varied as the labels.
+This is supervised fine-tuning, not mmGRPO; what it leaves is a checkpoint of its own, to be
+evaluated, and trained, like any other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Callable
+
+import torch
+
+from lm.tokenizer import Tokenizer
+from mmgrpo import (
+    Row,
+    batch_logprobs,
+    batch_of,
+    learning_rate,
+    pack,
+    prepare,
+    step_gradient,
+    tokens_per_batch,
+)
+from model import Transformer, trainable
+from program import Completion, InputError, Module, Task, render_outputs
+from prompts.start import demonstrations, shuffled, without_shown
+from run.config import Config
+
+
+def end_of_turn(tokenizer: Tokenizer) -> int:
+    """The end token that the chat template writes behind a turn, where there are several."""
+    turn = tokenizer.encode_chat([{"role": "user", "content": ""}])
+    written = [i for i in turn if i in tokenizer.end_ids]
+    return written[-1] if written else min(tokenizer.end_ids)
+
+
+def completion_of(module: Module, demo: dict, tokenizer: Tokenizer) -> Completion:
+    """A demonstration as if the LM had sampled it; its log-probs are still to be filled in."""
+    inputs = {f.name: demo.get(f.name, "") for f in module.signature.inputs}
+    prompt = tokenizer.encode_chat(module.messages(inputs))
+    text = render_outputs(module.signature, demo)
+    tokens = tokenizer.encode(text) + [end_of_turn(tokenizer)]
+    return Completion(prompt, tokens, [], "stop", text)
+
+
+def shown_calls(task: Task, examples: list[dict], tokenizer: Tokenizer) -> list[list[tuple]]:
+    """Per example the calls that it shows: (module, completion)."""
+    modules = task.program.modules()
+    calls = []
+    for example in examples:
+        shown = demonstrations(task, example)
+        of_example = []
+        for name, demos in shown.items():
+            of_example += [(name, completion_of(modules[name], demo, tokenizer)) for demo in demos]
+        if of_example:
+            calls.append(of_example)
+    return calls
+
+
+def rows_of(
+    calls: list[tuple], model: Transformer, tokenizer: Tokenizer, config: Config
+) -> list[Row]:
+    """The calls as rows of the loss: advantage 1, the mean over calls of the mean over tokens.
+
+    The LM's own log-probs stand in the place of the sampler's, so that every ratio is 1 and the
+    gradient of the loss is that of the cross-entropy.
+    """
+    rows = []
+    for module, completion in calls:
+        weight = 1 / (len(calls) * len(completion.token_ids))
+        rows.append(Row(module, completion, advantage=1.0, weight=weight))
+    for tree in pack(rows, tokens_per_batch(model, rows, config)):
+        logprobs = batch_logprobs(model, tree, config.temperature, tokenizer.size)  # (N,)
+        lengths = [len(row.completion.token_ids) for row in tree.rows]
+        for row, of_row in zip(tree.rows, logprobs.split(lengths)):
+            row.completion.logprobs[:] = of_row.tolist()
+    return rows
+
+
+def imitate(
+    task: Task,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    config: Config,
+    watch: Callable[[int, float], None] = lambda step, surprise: None,
+) -> list[float]:
+    """Train the weights in place on --imitated examples for --imitation-steps steps.
+
+    Each step takes --examples of them, epoch after epoch in an order of the seed. The temperature
+    is 1: it is the LM's own distribution that follows the demonstrations. Returns the surprise of
+    each step before its update, mean -log p of a demonstrated token in nats. Raises InputError
+    where the training examples show no calls.
+    """
+    config = dataclasses.replace(config, temperature=1.0, correction="none", beta=0.0)
+    # what the prompts show could be copied
+    half = shuffled(without_shown(task), config.seed)[0]
+    calls = shown_calls(task, half[: config.imitated], tokenizer)
+    if not calls:
+        raise InputError(
+            f"--task {config.task}: its training examples show no calls of its modules; "
+            "Task.demonstrate can say what they show"
+        )
+    optimizer, _ = prepare(model, config)
+    [group] = optimizer.param_groups
+    surprises = []
+    for step in range(config.imitation_steps):
+        batch = batch_of(step, config.examples, len(calls), config.seed)
+        rows = rows_of([call for i in batch for call in calls[i]], model, tokenizer, config)
+        gradient, _ = step_gradient(model, rows, config, tokenizer.size)
+
+        group["lr"] = learning_rate(model, config) * min(1.0, (step + 1) / max(config.warmup, 1))
+        for p, g in zip(group["params"], gradient):
+            p.grad = g
+        torch.nn.utils.clip_grad_norm_(group["params"], config.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            torch._foreach_copy_(tuple(trainable(model)), group["params"])
+
+        logprobs = [p for row in rows for p in row.completion.logprobs]
+        surprises.append(-sum(logprobs) / len(logprobs))
+        watch(step, surprises[-1])
+    return surprises
