@@ -3,13 +3,17 @@ TASK ?= hover
 PY := .venv/bin/python
 option = $(if $($(1)),--$(2) $($(1)))
 
-.PHONY: train prompts eval show reproduce data smollm2 pretrain test mutants conformance oracle resume-check fuzz lint test-peers bench notebooks exercises clean
+.PHONY: train prompts imitate eval show reproduce data smollm2 pretrain test mutants conformance oracle resume-check fuzz lint test-peers bench notebooks exercises clean
 
 # Train the task's program with mmGRPO; everything the run leaves is in runs/TASK.
 # STRATEGY="p -> w" first searches its prompts; `make prompts` does only that.
 train prompts: .venv/ready
 	$(PY) mmgrpo.py $@ --task $(TASK) $(call option,STEPS,steps) $(call option,MODEL,model) $(call option,DATA,data) \
 	  $(call option,OUT,out) $(if $(STRATEGY),--strategy "$(STRATEGY)") $(if $(RESUME),--resume) $(ARGS)
+
+# Train an LM on labelled demonstrations of the task, into the checkpoint OUT: a start for LMs that cannot do it at all.
+imitate: .venv/ready
+	$(PY) mmgrpo.py $@ --task $(TASK) $(call option,MODEL,model) $(call option,DATA,data) $(call option,OUT,out) $(ARGS)
 
 # Score a checkpoint (MODEL=runs/hover/last) on a split (ARGS="--split test"), into OUT=FILE.json too; show one run on one example as a trace.
 eval show: .venv/ready

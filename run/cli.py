@@ -46,7 +46,7 @@ from run.loading import decoder, load_model, load_task, split_of
 from run.page import check_file, write_page
 from run.records import read_metrics
 from run.state import FREE, read_state, same_options, states, step_of
-from run.terminal import expected_of, lenient_output, show
+from run.terminal import expected_of, lenient_output, printable, show
 
 
 # ----------------------------------------------------------------------------------------- training
@@ -485,7 +485,8 @@ def run_group(path: str, config: Config) -> str:
     result = {
         "groups": [],
         "excluded": [
-            {"example": t.example, "rollout": t.rollout, "reason": "tool_error"} for t in excluded
+            {"example": t.example, "rollout": t.rollout, "reason": why_excluded(t)}
+            for t in excluded
         ],
     }
     # rows stand in the order of groups, members and calls; those of a member weigh the same
@@ -510,6 +511,11 @@ def run_group(path: str, config: Config) -> str:
         if not math.isfinite(result["loss"]):
             raise InputError(f"{path}: the loss is {result['loss']}: log-probs are too far apart")
     return json.dumps(result)
+
+
+def why_excluded(t: Trajectory) -> str:
+    """A tool failed, or the reward is no finite number."""
+    return t.status if t.status == "tool_error" else "reward"
 
 
 def loss_of(rows: list, logprobs: dict[int, dict], config: Config) -> float:
@@ -578,6 +584,10 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def is_step_number(text: str) -> bool:
+    return re.fullmatch("[0-9]{1,9}", text) is not None
+
+
 def parse_arguments(argv: list[str]) -> tuple[str, list]:
     """argv -> (command, the arguments of its function)."""
     parser = make_parser()
@@ -592,11 +602,11 @@ def parse_arguments(argv: list[str]) -> tuple[str, list]:
         parser.error(f"{command} takes no --html; `show RUN STEP --html FILE` does")
     if command == "show" and (files or "html" in given):
         # a page is of a step that is made again
-        if len(files) != 2 or not files[1].isdecimal() or not given.get("html"):
+        if len(files) != 2 or not is_step_number(files[1]) or not given.get("html"):
             parser.error("a page of a step needs all of: show RUN STEP --html FILE")
         command = "replay"
     takes = FILES.get(command, "")
-    if len(files) != len(takes.split()) or command == "replay" and not files[1].isdecimal():
+    if len(files) != len(takes.split()) or command == "replay" and not is_step_number(files[1]):
         parser.error(f"{command} takes {takes or 'options only'}")
     if command == "replay":
         # which task the command line names, and not Config's default
@@ -606,13 +616,20 @@ def parse_arguments(argv: list[str]) -> tuple[str, list]:
     return command, [*load_task(given)]
 
 
+# what a shell says of a program that SIGPIPE ended
+READER_GONE = 141
+
+
 def main(argv: list[str]) -> int:
     """Run a command and print what it returns -> the exit status: 0, or 2 where it failed."""
     lenient_output()
     try:
         command, arguments = parse_arguments(argv)
-        print(COMMANDS[command](*arguments))
+        print(COMMANDS[command](*arguments), flush=True)
         return 0
+    except BrokenPipeError:
+        # whoever read has gone
+        return READER_GONE
     except (
         InputError,
         CheckpointError,
@@ -626,5 +643,9 @@ def main(argv: list[str]) -> int:
         # a bug in the user's program: with its traceback
         if e.__cause__ is not None:
             traceback.print_exception(e.__cause__)
-        print(f"error: {e}", *getattr(e, "__notes__", ()), sep="\n", file=sys.stderr)
+        print(
+            *map(printable, [f"error: {e}", *getattr(e, "__notes__", ())]),
+            sep="\n",
+            file=sys.stderr,
+        )
         return 2

@@ -240,7 +240,13 @@ def flag_of(name: str) -> str:
 
 
 def check(flag: str, field: dataclasses.Field, value) -> None:
-    """Raises InputError where a field's value is none of its choices, or outside its range."""
+    """Raises InputError where a field's value is of another type, none of its choices, or outside
+    its range.
+    """
+    # every whole number is a float
+    kinds = ("int", "float") if field.type == "float" else (field.type,)
+    if type(value).__name__ not in kinds:
+        raise InputError(f"{flag}: {value!r} is not of type {field.type}")
     choices = CHOICES.get(field.name)
     if choices and value not in choices:
         raise InputError(f"{flag}: {value!r} is none of {', '.join(choices)}")

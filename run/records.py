@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
 from pathlib import Path
@@ -70,7 +71,9 @@ def is_evaluation(line: dict) -> bool:
         numbers = [part[name] for part in parts for name in ("score", "stderr", "seconds")]
     except (LookupError, TypeError):
         return False
-    return type(line.get("step")) is int and all(type(n) in (int, float) for n in numbers)
+    if type(line.get("step")) is not int:
+        return False
+    return all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
 
 
 def are_counts(statuses: dict) -> bool:

@@ -74,7 +74,8 @@ def examples_of(trajectories: list[dict]) -> list:
 
 
 def left_out(t: dict) -> dict:
-    return {"example": t["example"], "rollout": t["rollout"], "reason": "tool_error"}
+    reason = "tool_error" if t["status"] == "tool_error" else "reward"
+    return {"example": t["example"], "rollout": t["rollout"], "reason": reason}
 
 
 def as_printed(group: dict, o: dict) -> dict:

@@ -401,6 +401,12 @@ def member(rollout, call, advantage):
     return {"rollout": rollout, "call": call, "advantage": advantage}
 
 
+def test_a_run_without_a_finite_reward_is_left_out_for_that(group):
+    runs = [recorded(0, 1.0, ["ask"]), recorded(1, math.nan, ["ask"]), recorded(2, 0, ["ask"])]
+    kept = json.loads(group({"trajectories": runs})[1])
+    assert kept["excluded"] == [{"example": "e0", "rollout": 1, "reason": "reward"}]
+
+
 def test_the_group_command_reads_and_prints_json(group):
     runs = [
         recorded(0, 1.0, ["ask", "note", "ask"]),

@@ -649,6 +649,40 @@ def test_a_wrong_command_line_is_refused(argv, capsys):
     assert "usage: mmgrpo.py COMMAND" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("step", ["9" * 5000, "-1", "1.0", "٣"])
+def test_a_step_is_a_number_that_a_run_could_have(step, capsys):
+    with pytest.raises(SystemExit) as e:
+        cli.main(["replay", "FOLDER", step])
+    assert e.value.code == 2
+    assert "replay takes RUN STEP" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("rollouts", "8"), ("task", ["hover"]), ("lora_targets", 5), ("resume", 1), ("lr", None)],
+)
+def test_an_option_of_another_type_is_refused_by_name(name, value):
+    flag = f"--{name.replace('_', '-')}"
+    with pytest.raises(InputError, match=f"^{flag}: .* is not of type"):
+        G.Config(**{name: value})
+
+
+def test_what_is_wrong_with_a_file_does_not_steer_the_terminal(capsys):
+    assert cli.main(["group", "no\x1b[2Jfile"]) == 2
+    assert "no\\x1b[2Jfile" in capsys.readouterr().err
+
+
+def test_a_reader_who_goes_ends_a_command_quietly(tmp_path):
+    """As in `… | head -1`: nothing is printed, and the status is that of SIGPIPE."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, str(ROOT / "mmgrpo.py"), "group", str(ROOT / "docs/four_runs.json")]
+    ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert ended.returncode == cli.READER_GONE
+    assert ended.stderr == ""
+
+
 def test_every_option_has_a_sentence_in_the_help(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
@@ -1129,6 +1163,7 @@ NO_STATUSES = f'{{"step": 0, "dev": {{"sampled": {SCORED}, "greedy": {SCORED}}}}
         (begins_with("3"), "line 1: is neither a step nor an evaluation"),
         (begins_with(NO_DEV), "line 1: is neither a step nor an evaluation"),
         (begins_with(NO_STATUSES.replace("0.0", "null")), "line 1: is neither a step nor an"),
+        (begins_with(NO_STATUSES.replace("0.0", "NaN")), "line 1: is neither a step nor an"),
         (begins_with(NO_STATUSES), "line 1: is no dev evaluation, with which a run begins"),
         (renamed('"modules"', '"modulez"'), "line 2: is neither a step nor an"),
         (renamed('"greedy"', '"greedx"'), "line 1: is neither a step nor an"),
