@@ -625,7 +625,7 @@ def main(argv: list[str]) -> int:
     lenient_output()
     try:
         command, arguments = parse_arguments(argv)
-        print(COMMANDS[command](*arguments), flush=True)
+        print(COMMANDS[command](*arguments))
         return 0
     except BrokenPipeError:
         # whoever read has gone
