@@ -21,6 +21,7 @@ import json
 import math
 import os
 import re
+import shutil
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -1100,6 +1101,25 @@ def _check_tensors(folder: Path, model: Transformer, tensors: dict[str, Tensor])
                 f"{folder}: tensor {name}: expected floats of shape {tuple(like.shape)}, found "
                 f"{found.dtype} of {tuple(found.shape)}"
             )
+
+
+def save_new(model: Transformer, tokenizer: Tokenizer, path: str | Path) -> None:
+    """Write a checkpoint folder that is not there yet, whole or not at all.
+
+    Raises CheckpointError where it is there already or cannot be written (a full disk).
+    """
+    folder = Path(path)
+    if folder.exists():
+        raise CheckpointError(f"{folder}: is there already")
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        save_pretrained(model, tokenizer, unfinished)
+        unfinished.replace(folder)
+    except (OSError, safetensors.SafetensorError) as e:
+        raise CheckpointError(f"{folder}: cannot be written ({e})") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def save_pretrained(model: Transformer, tokenizer: Tokenizer, path: str | Path) -> None:

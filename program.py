@@ -970,7 +970,8 @@ class _Run:
         Raises ProgramError for a bug of the metric, ToolError for a judge that fails.
         """
         try:
-            result = self.shared.metric(self.example, prediction)
+            # a copy: what a metric does to its example must not reach later evaluations
+            result = self.shared.metric(copy.deepcopy(self.example), prediction)
             if inspect.isawaitable(result):
                 result = await result
         except (LMError, ToolError):

@@ -14,12 +14,10 @@ Source of the format: github.com/ggml-org/ggml, docs/gguf.md.
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-import safetensors
 import torch
 from torch import Tensor
 
@@ -30,7 +28,7 @@ from model import (
     disk_name,
     inverse_frequencies,
     load_pretrained,
-    save_pretrained,
+    save_new,
 )
 
 try:
@@ -485,13 +483,4 @@ def convert(path: str | Path, folder: str | Path, dtype: torch.dtype = torch.bfl
     if folder.exists():
         raise CheckpointError(f"{folder}: is there already")
     model, tokenizer = load_pretrained(path, dtype=dtype)
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        save_pretrained(model, tokenizer, unfinished)
-        unfinished.replace(folder)
-    # a full disk, say
-    except (OSError, safetensors.SafetensorError) as e:
-        raise CheckpointError(f"{folder}: cannot be written ({e})") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    save_new(model, tokenizer, folder)

@@ -78,7 +78,7 @@ def sandbox(special: dict) -> jinja2.Environment:
 
 def _unused_character(texts: list[str]) -> str:
     """One of Unicode's private characters that none of the texts has."""
-    candidates = map(chr, range(0xE000, 0xF8FF))
+    candidates = map(chr, (*range(0xE000, 0xF8FF), *range(0xF0000, 0x10FFFE)))
     return next(c for c in candidates if not any(c in text for text in texts))
 
 

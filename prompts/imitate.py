@@ -10,6 +10,7 @@ evaluated, and trained, like any other.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Callable
 
 import torch
@@ -26,7 +27,7 @@ from mmgrpo import (
     tokens_per_batch,
 )
 from model import Transformer, trainable
-from program import Completion, InputError, Module, Task, render_outputs
+from program import Completion, FormatError, InputError, Module, Task, parse, render_outputs
 from prompts.start import demonstrations, shuffled, without_shown
 from run.config import Config
 
@@ -47,15 +48,36 @@ def completion_of(module: Module, demo: dict, tokenizer: Tokenizer) -> Completio
     return Completion(prompt, tokens, [], "stop", text)
 
 
-def shown_calls(task: Task, examples: list[dict], tokenizer: Tokenizer) -> list[list[tuple]]:
-    """Per example the calls that it shows: (module, completion)."""
+def is_whole(module: Module, demo: dict) -> bool:
+    """Whether a demonstration has every output, each in a form that the program could read.
+
+    What fills a gap in a prompt ("Not supplied …") must not become what the LM says.
+    """
+    if any(demo.get(f.name) is None for f in module.signature.outputs):
+        return False
+    try:
+        parse(module.signature, render_outputs(module.signature, demo))
+    except FormatError:
+        return False
+    return True
+
+
+def shown_calls(
+    task: Task, examples: list[dict], tokenizer: Tokenizer, context: int
+) -> list[list[tuple]]:
+    """Per example the calls that it shows whole, within the context: (module, completion)."""
     modules = task.program.modules()
     calls = []
     for example in examples:
         shown = demonstrations(task, example)
         of_example = []
         for name, demos in shown.items():
-            of_example += [(name, completion_of(modules[name], demo, tokenizer)) for demo in demos]
+            for demo in demos:
+                if not is_whole(modules[name], demo):
+                    continue
+                completion = completion_of(modules[name], demo, tokenizer)
+                if len(completion.prompt_ids) + len(completion.token_ids) <= context:
+                    of_example.append((name, completion))
         if of_example:
             calls.append(of_example)
     return calls
@@ -87,29 +109,36 @@ def imitate(
     tokenizer: Tokenizer,
     config: Config,
     watch: Callable[[int, float], None] = lambda step, surprise: None,
-) -> list[float]:
+) -> tuple[list[float], int]:
     """Train the weights in place on --imitated examples for --imitation-steps steps.
 
     Each step takes --examples of them, epoch after epoch in an order of the seed. The temperature
     is 1: it is the LM's own distribution that follows the demonstrations. Returns the surprise of
-    each step before its update, mean -log p of a demonstrated token in nats. Raises InputError
-    where the training examples show no calls.
+    each step before its update and that after the last one, mean -log p of a demonstrated token in
+    nats, and how many examples there were. Raises InputError where the training examples show no whole calls, and
+    FloatingPointError where the training diverges.
     """
     config = dataclasses.replace(config, temperature=1.0, correction="none", beta=0.0)
     # what the prompts show could be copied
     half = shuffled(without_shown(task), config.seed)[0]
-    calls = shown_calls(task, half[: config.imitated], tokenizer)
+    calls = shown_calls(task, half[: config.imitated], tokenizer, model.config.max_positions)
     if not calls:
         raise InputError(
-            f"--task {config.task}: its training examples show no calls of its modules; "
-            "Task.demonstrate can say what they show"
+            f"--task {config.task}: its training examples show no call of its modules with all its "
+            "outputs; Task.demonstrate can say what they show"
         )
     optimizer, _ = prepare(model, config)
     [group] = optimizer.param_groups
     surprises = []
-    for step in range(config.imitation_steps):
+    for step in range(config.imitation_steps + 1):
         batch = batch_of(step, config.examples, len(calls), config.seed)
         rows = rows_of([call for i in batch for call in calls[i]], model, tokenizer, config)
+        logprobs = [p for row in rows for p in row.completion.logprobs]
+        surprises.append(-sum(logprobs) / len(logprobs))
+        if not math.isfinite(surprises[-1]):
+            raise FloatingPointError(f"diverged after step {step}; try a smaller --lr")
+        if step == config.imitation_steps:
+            break
         gradient, _ = step_gradient(model, rows, config, tokenizer.size)
 
         group["lr"] = learning_rate(model, config) * min(1.0, (step + 1) / max(config.warmup, 1))
@@ -121,7 +150,5 @@ def imitate(
         with torch.no_grad():
             torch._foreach_copy_(tuple(trainable(model)), group["params"])
 
-        logprobs = [p for row in rows for p in row.completion.logprobs]
-        surprises.append(-sum(logprobs) / len(logprobs))
         watch(step, surprises[-1])
-    return surprises
+    return surprises, len(calls)

@@ -17,6 +17,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Callable, TextIO
 
+import safetensors
 import torch
 from tqdm import tqdm
 
@@ -24,7 +25,7 @@ import mmgrpo
 from lm.lora import lora_layers, merged
 from lm.tokenizer import read_json
 from mmgrpo import Config, advantages, evaluate, group_calls, play, policy_loss, weigh
-from model import CheckpointError, save_pretrained
+from model import CheckpointError, save_new
 from program import (
     STATUSES,
     Call,
@@ -81,6 +82,15 @@ def folder_of(config: Config) -> Path:
     return out
 
 
+def check_folder(out: Path) -> None:
+    """Raise InputError where a folder holds what no run has left: it would be written over."""
+    config = out / "config.json"
+    is_run = config.exists() and "task" in read_json(config)
+    own = ("config.json", "model.safetensors")
+    if not is_run and any((out / name).exists() for name in own):
+        raise InputError(f"{out}: holds files that are not a run's; give another --out")
+
+
 def locked(out: Path) -> TextIO:
     """OUT/.lock, locked while it is open. Raises InputError where another process has locked it."""
     lock = (out / ".lock").open("w")
@@ -106,6 +116,7 @@ def run_train(task: Task, config: Config) -> str:
     if single:
         config = stages[0][1]
     out = folder_of(config)
+    check_folder(out)
     out.mkdir(parents=True, exist_ok=True)
     lock = locked(out)
 
@@ -268,6 +279,7 @@ def run_eval(task: Task, config: Config) -> str:
         raise InputError(
             f"--out {config.out}: expected the name of a file, in a folder that is there"
         )
+    check_scores(config.out)
     remind(config)
     demonstrate(task, config)
     model, tokenizer = load_model(config)
@@ -291,6 +303,15 @@ def run_eval(task: Task, config: Config) -> str:
     if config.out:
         write_json(config.out, results)
     return "\n".join(lines)
+
+
+def check_scores(out: str) -> None:
+    """Raise InputError where --out is a file that `eval` has not written: it would be lost."""
+    file = Path(out)
+    if not out or not file.exists():
+        return
+    if not file.is_file() or read_json(file).keys() != {"sampled", "greedy"}:
+        raise InputError(f"--out {out}: is there already, and has no scores of `eval`")
 
 
 def run_show(task: Task, config: Config) -> str:
@@ -348,9 +369,7 @@ def run_merge(adapter: str, out: str, config: Config) -> str:
     model, tokenizer = load_model(dataclasses.replace(config, model=adapter))
     if not lora_layers(model):
         raise InputError(f"{adapter}: holds no adapter")
-    if Path(out).exists():
-        raise InputError(f"{out}: is there already")
-    save_pretrained(merged(model), tokenizer, out)
+    save_new(merged(model), tokenizer, out)
     return f"{out}: {adapter} merged, in {config.dtype}"
 
 
@@ -358,8 +377,12 @@ def run_imitate(task: Task, config: Config) -> str:
     """Train on labelled demonstrations; write the checkpoint --out, which a training starts from."""
     if not config.out:
         raise InputError("--out: imitate needs a folder for its checkpoint")
-    if Path(config.out).exists():
-        raise InputError(f"{config.out}: is there already")
+    out = Path(config.out)
+    if out.exists():
+        raise InputError(f"{out}: is there already")
+    # a place that cannot be written to is found before the training, not after it
+    out.mkdir(parents=True)
+    out.rmdir()
     model, tokenizer = load_model(config)
     bar = tqdm(total=config.imitation_steps, desc="imitate", unit="step", disable=None)
 
@@ -369,11 +392,11 @@ def run_imitate(task: Task, config: Config) -> str:
             tqdm.write(f"step {step + 1:4d}  {surprise:.3f} nats a token", file=sys.stderr)
 
     with bar:
-        surprises = imitate(task, model, tokenizer, config, watch)
-    save_pretrained(merged(model), tokenizer, config.out)
+        surprises, examples = imitate(task, model, tokenizer, config, watch)
+    save_new(merged(model), tokenizer, out)
     return (
         f"{config.out}: {surprises[0]:.2f} -> {surprises[-1]:.2f} nats a token of the "
-        f"demonstrations of {config.imitated} training examples, "
+        f"demonstrations of {examples} training examples, "
         f"{config.imitation_steps} steps of {config.examples}"
     )
 
@@ -639,6 +662,8 @@ def main(argv: list[str]) -> int:
         ToolError,
         FloatingPointError,
         OSError,
+        # a full disk, while weights are written
+        safetensors.SafetensorError,
     ) as e:
         # a bug in the user's program: with its traceback
         if e.__cause__ is not None:

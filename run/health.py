@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from program import Call, Trajectory, log
-from run.terminal import counted, kind_of, shorten, statuses
+from run.terminal import counted, kind_of, printable, shorten, statuses
 
 
 class StoppedError(RuntimeError):
@@ -54,7 +54,8 @@ class FirstFailures(logging.Handler):
                 traceback.print_exception(failure.__cause__ or failure, file=file)
                 print(file=file)
             kept = f"; its traceback is in {self.path}"
-        tqdm.write(f"{record.getMessage()} (the first of its kind{kept})", file=sys.stderr)
+        told = printable(record.getMessage())
+        tqdm.write(f"{told} (the first of its kind{kept})", file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------- one step

@@ -9,7 +9,7 @@ from programs import Two
 
 import mmgrpo as G
 import model as M
-from program import InputError, Task, parse
+from program import InputError, Module, Task, parse
 from prompts import imitate as I
 from prompts.start import shuffled
 from run import cli
@@ -45,7 +45,7 @@ def weights(model):
 
 
 def calls_of(task, tokenizer, examples):
-    shown_calls = I.shown_calls(task, examples, tokenizer)
+    shown_calls = I.shown_calls(task, examples, tokenizer, context=4096)
     return [call for of_example in shown_calls for call in of_example]
 
 
@@ -117,11 +117,15 @@ def test_the_surprise_is_that_before_each_update_and_falls(tokenizer, model):
     rows = I.rows_of(first, model, tokenizer, dataclasses.replace(config, temperature=1.0))
     logprobs = [p for row in rows for p in row.completion.logprobs]
 
-    surprises = I.imitate(task, model, tokenizer, config, lambda *told: seen.append(told))
+    surprises, examples = I.imitate(task, model, tokenizer, config, lambda *told: seen.append(told))
+
+    assert examples == 6
 
     assert surprises[0] == pytest.approx(-sum(logprobs) / len(logprobs), rel=1e-5)
     assert surprises[-1] < 0.7 * surprises[0]
-    assert seen == list(enumerate(surprises))
+    # and that after the last one
+    assert seen == list(enumerate(surprises[:-1]))
+    assert len(surprises) == config.imitation_steps + 1
 
 
 def test_the_same_seed_gives_the_same_weights(tokenizer):
@@ -170,6 +174,53 @@ def test_a_task_that_shows_nothing_is_refused(tokenizer, model):
     with pytest.raises(InputError, match="Task.demonstrate"):
         I.imitate(make_task(shows_nothing), model, tokenizer, CONFIG)
     assert all(map(torch.equal, before, weights(model)))
+
+
+@pytest.mark.parametrize("lacking", [{}, {"y": None}, {"y": "gone"}])
+def test_a_demonstration_that_cannot_be_read_back_is_left_out(tokenizer, model, lacking):
+    """What fills a gap in a prompt must not become what the LM says."""
+
+    def gap(example):
+        return {"ask": [{"x": example["x"]} | lacking], "note": []}
+
+    task = make_task(gap)
+    task.program.ask = Module("x -> y: Literal['yes', 'no']")
+    with pytest.raises(InputError, match="with all its outputs"):
+        I.imitate(task, model, tokenizer, CONFIG)
+
+
+def test_a_demonstration_beyond_the_context_is_left_out(tokenizer):
+    task = make_task()
+    [ask, *notes] = calls_of(task, tokenizer, task.train[:1])
+    length = len(ask[1].prompt_ids) + len(ask[1].token_ids)
+    assert all(length < len(c.prompt_ids) + len(c.token_ids) for _, c in notes)
+    assert len(I.shown_calls(task, task.train[:1], tokenizer, length)[0]) == 1
+    assert not I.shown_calls(task, task.train[:1], tokenizer, length - 1)
+
+
+def test_a_training_that_diverges_says_so_and_leaves_nothing(tmp_path, capsys):
+    out = tmp_path / "start"
+    argv = ["imitate", "--task", "banking77", "--imitation-steps", "1", "--examples", "2"]
+    assert cli.main([*argv, "--lr", "1e18", "--warmup", "0", "--out", str(out)]) == 2
+    assert "diverged after step 1; try a smaller --lr" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_to_is_found_before_the_training(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "imitate", None)
+    assert cli.main(["imitate", "--task", "banking77", "--out", "/dev/null/x"]) == 2
+    assert "/dev/null" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_no_half_checkpoint(tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise M.safetensors.SafetensorError("No space left on device")
+
+    monkeypatch.setattr(M.safetensors.torch, "save_file", full)
+    argv = ["imitate", "--task", "banking77", "--imitation-steps", "1", "--examples", "2"]
+    assert cli.main([*argv, "--out", str(tmp_path / "start")]) == 2
+    assert "start: cannot be written (No space left on device)" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_writes_a_checkpoint_and_never_over_another(tmp_path, capsys):

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import model as M
+from lm.tokenizer import _unused_character
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -743,3 +744,8 @@ def test_added_tokens_that_swallow_spaces_are_refused(tmp_path):
 
     with pytest.raises(M.CheckpointError, match="surroundings"):
         M.Tokenizer(folder)
+
+
+def test_a_text_of_all_private_characters_leaves_another_to_mark_with():
+    texts = ["".join(map(chr, range(0xE000, 0xF8FF)))]
+    assert _unused_character(texts) not in texts[0]

@@ -594,6 +594,18 @@ def test_a_reward_that_is_not_finite_excludes_the_run_and_says_why(metric):
     assert len(t.calls) == 2
 
 
+def test_what_a_metric_does_to_its_example_stays_with_it():
+    examples = [{"x": "hello", "gold": ["a", "b"]}]
+
+    def consume(example, prediction):
+        example["gold"].pop()
+        return len(example["gold"])
+
+    for _ in range(2):
+        assert [t.reward for t in run(Two(), metric=consume, examples=examples)] == [1]
+    assert examples == [{"x": "hello", "gold": ["a", "b"]}]
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -942,6 +954,17 @@ def test_the_first_failure_of_each_kind_is_printed_and_kept(tmp_path, capsys):
     kept = (tmp_path / "errors.log").read_text()
     assert kept.count("Traceback") == 2
     assert kept.count("in lookup") == 2
+
+
+def test_the_first_failure_of_a_kind_never_steers_a_terminal(capsys):
+    def lookup(y):
+        raise OSError("\x1b[2Jgone")
+
+    with FirstFailures():
+        run(WithTool(lookup), lambda messages, key: "<y>x</y>")
+    told = capsys.readouterr().err
+    assert "\\x1b[2Jgone" in told
+    assert "\x1b" not in told
 
 
 @pytest.mark.parametrize(

@@ -408,6 +408,7 @@ MALFORMED = [
     ("hotpotqa/questions.jsonl", replaced('"question"', '"q"', 1), "questions.jsonl:1: question"),
     ("hotpotqa/questions.jsonl", cut(20), "questions.jsonl:12"),
     ("hotpotqa/corpus.jsonl", content(""), "corpus.jsonl"),
+    ("hotpotqa/corpus.jsonl", content("\n\n\n{"), "corpus.jsonl:4: cannot be read"),
     ("hotpotqa/questions.jsonl", replaced("T", "U"), "only 0 of 12 claims"),
     (HOVER_FILE, cut(1), "hover_dev_release"),
     (HOVER_FILE, replaced('"claim 2"', "null"), "entry 2: claim"),

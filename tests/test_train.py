@@ -583,6 +583,42 @@ def test_eval_and_show_print_scores_and_a_trace(run):
     assert "< text: number 1" in ran.out
 
 
+def test_scores_are_written_over_scores_alone(run, tmp_path):
+    scores, other = tmp_path / "scores.json", tmp_path / "metrics.jsonl"
+    for _ in range(2):
+        assert run("eval", "--out", str(scores)).code == 0
+    other.write_text('{"step": 1}\n')
+    # a device, by a link: a link is all that a broken check would replace
+    device = tmp_path / "device"
+    device.symlink_to("/dev/null")
+    for path in (other, device):
+        ran = run("eval", "--out", str(path))
+        assert ran.code == 2
+        assert f"--out {path}" in ran.error
+    assert other.read_text() == '{"step": 1}\n'
+    assert device.is_symlink()
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_folder_that_no_run_has_left_is_not_trained_in(run, name):
+    run.folder.mkdir()
+    (run.folder / name).write_text('{"architectures": []}')
+    ran = run("train", "--steps", "1")
+    assert ran.code == 2
+    assert "holds files that are not a run's" in ran.error
+    assert [path.name for path in run.folder.iterdir()] == [name]
+
+
+def test_a_full_disk_is_said_in_a_sentence(run, monkeypatch):
+    def full(*_, **__):
+        raise M.safetensors.SafetensorError("No space left on device")
+
+    monkeypatch.setattr("run.state.safetensors.torch.save_file", full)
+    ran = run("train", "--steps", "1")
+    assert ran.code == 2
+    assert "error: No space left on device" in ran.error
+
+
 @pytest.mark.parametrize(
     "flags, culprit",
     [

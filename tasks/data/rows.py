@@ -45,8 +45,12 @@ def splits(
 # --------------------------------------------------------------------------------------------- rows
 def _jsonl(file: TextIO) -> Iterator[tuple[int, Any]]:
     for line, text in enumerate(file, 1):
-        if text.strip():
+        if not text.strip():
+            continue
+        try:
             yield line, json.loads(text)
+        except ValueError as e:
+            raise InputError(f"{file.name}:{line}: cannot be read ({e})") from None
 
 
 def _json(file: TextIO) -> Iterator[tuple[str, Any]]:
@@ -94,10 +98,9 @@ def read_rows(path: Path, fields: dict[str, Callable[[Any], bool]]) -> list[dict
                 rows.append(row)
     except InputError:
         raise
-    except (OSError, csv.Error, RecursionError) as e:
+    # ValueError: bytes that are no text, or a .json file that is no JSON
+    except (OSError, csv.Error, RecursionError, ValueError) as e:
         raise InputError(f"{path}: cannot be read ({e})") from None
-    except ValueError as e:
-        raise InputError(f"{path}:{len(rows) + 1}: cannot be read ({e})") from None
     if not rows:
         raise InputError(f"{path}: holds no rows")
     return rows
