@@ -22,7 +22,7 @@ What differs from plain GRPO:
   - There is one reward a run, and every call of the run gets it, the one that failed included.
   - A run that failed for the LM's sake has a low reward and votes; one that failed for the sake of
     a tool has none, and is in no group.
-  - Calls of a module begin alike: the update passes over every distinct prefix once (Tree).
+  - Calls of a module begin alike: a micro-batch passes over a common prefix once (Tree).
 
 Left out on purpose: a critic (the mean of the group is the baseline), reward models (the program's
 metric gives the reward), and more than one machine (the method is the same on one).
@@ -423,7 +423,7 @@ class Sampler:
         """Take finished sequences out of their slots."""
         n = len(self.live)
         state = torch.stack((self.running[:n].long(), self.count[:n], self.cache.lengths[:n]))
-        # here the host waits for the device, once a step; then once for each sequence that has ended
+        # here the host waits for the device, once a step; then twice for each sequence that ended
         running, counts, lengths = state.tolist()
 
         # from behind: the last live sequence, which fills the gap, is then never a finished one
@@ -1311,7 +1311,8 @@ def play(
 ) -> tuple[list[Trajectory], dict]:
     """Run the task's program on the examples under the current weights.
 
-    Returns the trajectories and what they took: seconds by kind.
+    Returns the trajectories and what they took, in seconds: "sampling", and "tools", which is all
+    else (tools that decoding waited for, the program's own Python, prompts made and tokenised).
     """
     began = time.perf_counter()
     sampler = Sampler(
@@ -1614,11 +1615,13 @@ def train(
 ) -> list[float]:
     """Train model's weights in place; return the dev scores, the first before any step.
 
-    What it leaves in the folder `out` is in docs/training.md ("What a run leaves"). A run that was
-    interrupted there goes on; it ends early once stop() is true.
+    What it leaves in the folder `out` is in docs/training.md ("What a run leaves"), but for the
+    options, which the command line writes. A run that was interrupted there goes on; it ends early
+    once stop() is true.
 
     Raises StoppedError where it would get nowhere, and ProgramError for a bug in the program or the
-    metric, both with the state saved before the step that failed.
+    metric, both with the state saved; ParityError and FloatingPointError where sampled and trained
+    log-probs are too far apart or not finite, to be gone on with from the last evaluation.
     """
     check_sampling(config)
     _check_no_adapter(model, config)

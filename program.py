@@ -89,8 +89,8 @@ class LMError(FormatError):
     """
 
 
-# Raised by a metric, these are bugs of the program and stop the run; what else it raises, a judge
-# that does not answer or a division by zero, excludes the run.
+# Raised by a metric, these are bugs of the program and stop the training; what else it raises, a
+# judge that does not answer or a division by zero, excludes the rollout.
 BUGS = (TypeError, AttributeError, LookupError, NameError, AssertionError, ImportError)
 
 
@@ -681,11 +681,11 @@ async def tool(fn: Callable, *args, retries: int = 0, timeout: float = 600.0) ->
     """Run fn in a thread while decoding goes on, and put it down in the run's trace.
 
     Raises ToolError where it still fails, or takes more than `timeout` seconds, after `retries`
-    more tries. That excludes the run, for it says nothing about the LM. A mistake of the LM's own,
-    such as a name that it invented, a tool tells in one of two ways: it returns a value that says
-    so, and the program goes on; or it raises LMError, which is not tried again and ends the run at
-    the LM's cost. A run that uses tools more than 100 times its limit of LM calls ends as if it
-    had reached that.
+    more tries. Not caught, that excludes the run, for it says nothing about the LM. A mistake of
+    the LM's own, such as a name that it invented, a tool tells in one of two ways: it returns a
+    value that says so, and the program goes on; or it raises LMError, which is not tried again and
+    ends the run at the LM's cost. A run that uses tools more than 100 times its limit of LM calls
+    ends as if it had reached that.
     """
     run = _run_at_hand()
     name = getattr(fn, "__name__", type(fn).__name__)

@@ -63,7 +63,8 @@ class Config:
     data: str = ""
     # JSON with instructions and demos, as a prompt search leaves it, or a state of DSPy
     prompts: str = ""
-    # folder of the run; empty: runs/<task>, then runs/<task>-2, …; of `eval`: a JSON file
+    # folder of the run; empty: runs/<task>, then runs/<task>-2, …; of `eval`: a JSON file;
+    # of `imitate`: the folder of its checkpoint
     out: str = ""
     # demonstrations per module, of training examples (-1: as many as the LM needs to be readable)
     labelled_demos: int = -1
@@ -127,11 +128,11 @@ class Config:
     lora_dropout: float = 0.0
     # layers that get LoRA
     lora_targets: str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
-    # first steps that, while less than a quarter of their calls can be read,
+    # first steps that, while some of their calls can be read but less than a quarter,
     # only train on those that can (-1: 12 where less than half of the first dev runs are readable)
     warm_start: int = -1
 
-    # of `imitate`: training examples whose demonstrations it trains on
+    # of `imitate`: training examples whose demonstrations it trains on, at most half of them
     imitated: int = 64
     # of `imitate`: supervised steps, of --examples examples each
     imitation_steps: int = 32

@@ -1,8 +1,8 @@
 """A training run on disk: one that was killed goes on to the same weights, bit for bit.
 
-A state has the fp32 weights, AdamW's moments, the step, the dev scores so far and the options. With
-metrics.jsonl, whose lines decide on a warm start and on patience, that is everything that the next
-step depends on. Randomness and data order need nothing saved: they are functions of the seed and
+A state has the fp32 weights that are trained (of a LoRA, the adapter), AdamW's moments, the step, the dev scores so far and the options. With
+metrics.jsonl, whose lines decide on a warm start and on patience, the LM and the task it began with,
+that is everything that the next step depends on. Randomness and data order need nothing saved: they are functions of the seed and
 the step. It is written to a temporary folder, flushed to the disk and
 renamed, so that a folder with its name is whole; the last two are kept.
 """
@@ -71,7 +71,7 @@ def save_state(
 ) -> None:
     """Write OUT/state-STEP and remove all but the last two.
 
-    Raises OSError (a full disk) with the older ones untouched.
+    Raises OSError or SafetensorError (a full disk) with the older ones untouched.
     """
     tensors = {name: t.cpu().contiguous() for name, t in tensors_of(optimizer).items()}
     folder = out / f"state-{step:07d}"
