@@ -644,11 +644,23 @@ READER_GONE = 141
 
 
 def main(argv: list[str]) -> int:
-    """Run a command and print what it returns -> the exit status: 0, or 2 where it failed."""
+    """Run a command line -> its exit status."""
+
+    def command() -> str:
+        name, arguments = parse_arguments(argv)
+        return COMMANDS[name](*arguments)
+
+    return guarded(command)
+
+
+def guarded(command: Callable[[], str]) -> int:
+    """Print what a command returns -> 0; or in a sentence why it failed -> 2.
+
+    A bug of this project is neither: its exception goes on.
+    """
     lenient_output()
     try:
-        command, arguments = parse_arguments(argv)
-        print(COMMANDS[command](*arguments))
+        print(command())
         return 0
     except BrokenPipeError:
         # whoever read has gone

@@ -17,13 +17,16 @@ rare ones count as well as frequent ones. Said of it:
 """
 
 import argparse
+import sys
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 
 from mmgrpo import Row, batch_logprobs, pack
 from program import Completion, Task
 from prompts.start import add_demos, labelled_demos
+from run.cli import guarded
 from run.loading import load_model, load_task
 from tasks.banking77 import read
 
@@ -75,32 +78,57 @@ def shares(logprobs: np.ndarray, right: np.ndarray) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
-    parser.add_argument("--demos", type=int, default=8)
-    parser.add_argument("--queries", type=int, default=32)
-    given = parser.parse_args()
+def count(least: int) -> Callable[[str], int]:
+    """Reads an option: a whole number that is at least so large."""
 
-    task, config = load_task({"task": "banking77", "data": given.data, "model": given.model})
+    def whole_number(text: str) -> int:
+        if int(text) < least:
+            raise ValueError
+        return int(text)
+
+    return whole_number
+
+
+def report(options: argparse.Namespace) -> str:
+    """The figures of the LM as text. Raises what `load_task` and `load_model` raise."""
+    given = {"task": "banking77", "data": options.data, "model": options.model}
+    task, config = load_task(given)
     model, tokenizer = load_model(config)
-    add_demos(task.program, labelled_demos(task, given.demos, config.seed))
-    labels, _ = read(Path(given.data))
-    queries = task.dev[: given.queries]
+    shown = labelled_demos(task, options.demos, config.seed)
+    add_demos(task.program, shown)
+    labels, _ = read(Path(options.data))
+    queries = task.dev[: options.queries]
     right = np.array([labels.index(query["intent"]) for query in queries])
 
     rows = label_rows(task, labels, queries, tokenizer)
     logprobs = label_logprobs(model, rows, tokenizer.size)
-    print(f"{given.demos} demonstrations, {len(queries)} dev queries, {given.model}")
-    print(f"  readable {np.exp(logprobs).sum(1).mean():.3f}")
+    lines = [
+        f"{len(shown['classify'])} demonstrations, {len(queries)} dev queries, {options.model}",
+        f"  readable {np.exp(logprobs).sum(1).mean():.3f}",
+    ]
     for name, of_name in {"": logprobs, "calibrated ": logprobs - logprobs.mean(0)}.items():
         figures = shares(of_name, right)
-        print("  " + name + "  ".join(f"{key} {value:.3f}" for key, value in figures.items()))
+        lines.append(
+            "  " + name + "  ".join(f"{key} {value:.3f}" for key, value in figures.items())
+        )
     used = np.exp(logprobs - np.logaddexp.reduce(logprobs, 1)[:, None]).mean(0)  # (labels,)
     likeliest = [f"{labels[i]} {used[i]:.2f}" for i in used.argsort()[::-1][:5]]
-    print("  likeliest: " + ", ".join(likeliest))
+    lines.append("  likeliest: " + ", ".join(likeliest))
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line -> its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
+    parser.add_argument("--demos", type=count(0), default=8)
+    parser.add_argument("--queries", type=count(1), default=32)
+    options = parser.parse_args(argv)
+    if not options.data:
+        parser.error("--data: expected a folder")
+    return guarded(lambda: report(options))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

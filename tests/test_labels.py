@@ -50,3 +50,23 @@ def test_a_group_is_mixed_where_some_runs_are_right_and_some_are_not():
     found = L.shares(np.log(p), np.array([0, 0]))
     assert found["mixed"] == pytest.approx((1 - 2 * 0.5**8) / 2, abs=1e-6)
     assert found["p(right)"] == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["--data", "nowhere"], "nowhere"),
+        (["--data", ""], "--data: expected a folder"),
+        (["--data", "nowhere", "--queries", "0"], "--queries: invalid"),
+        (["--data", "nowhere", "--demos", "-1"], "--demos: invalid"),
+    ],
+)
+def test_bad_options_are_refused_in_a_sentence(argv, says, capsys):
+    try:
+        status = L.main(argv)
+    except SystemExit as e:
+        status = e.code
+    assert status == 2
+    told = capsys.readouterr().err
+    assert says in told
+    assert "Traceback" not in told
