@@ -176,15 +176,17 @@ def test_a_task_that_shows_nothing_is_refused(tokenizer, model):
     assert all(map(torch.equal, before, weights(model)))
 
 
-@pytest.mark.parametrize("lacking", [{}, {"y": None}, {"y": "gone"}])
-def test_a_demonstration_that_cannot_be_read_back_is_left_out(tokenizer, model, lacking):
+@pytest.mark.parametrize(
+    "form, given", [("str", {}), ("str", {"y": None}), ("Literal['yes', 'no']", {"y": "gone"})]
+)
+def test_a_demonstration_that_cannot_be_read_back_is_left_out(tokenizer, model, form, given):
     """What fills a gap in a prompt must not become what the LM says."""
 
     def gap(example):
-        return {"ask": [{"x": example["x"]} | lacking], "note": []}
+        return {"ask": [{"x": example["x"]} | given], "note": []}
 
     task = make_task(gap)
-    task.program.ask = Module("x -> y: Literal['yes', 'no']")
+    task.program.ask = Module(f"x -> y: {form}")
     with pytest.raises(InputError, match="with all its outputs"):
         I.imitate(task, model, tokenizer, CONFIG)
 
