@@ -221,32 +221,38 @@ class PrefixPool:
         """Take note of a prompt, so that those before it know what it shares with them."""
         insort(self.prompts, prompt)
 
-    def find(self, prompt: list[int], fewest: int) -> tuple[int, list[int]]:
+    def find_or_reserve(self, prompt: list[int], fewest: int) -> tuple[int, list[int]]:
         """Find a prompt's nodes, or reserve them where at least `fewest` new ones are shared.
 
         Returns (known, path): the first `known` tokens are in the pool already; `path` has the
         nodes of the first len(path) >= known tokens. The caller is to prefill those from `known`
-        on.
+        on. Example, fewest = 2: of the prompts "abcx", "abcy" and "abz" the first gets (0, [0, 1,
+        2]), the second (3, [0, 1, 2]), the third (2, [0, 1]).
         """
         # the last token is never shared, for its state gives the sample
         shareable = prompt[:-1]
-
-        # of a list in lexical order, what shares most with a prompt is a neighbour
-        i = bisect_left(self.prompts, prompt)
-        neighbours = self.prompts[max(i - 1, 0) : i] + self.prompts[i + 1 : i + 2]
-        keep = max((common(shareable, other) for other in neighbours), default=0)
-        j = bisect_left(self.kept, (prompt,))
-        there = self.kept[max(j - 1, 0) : j + 1]
-        found = ((common(shareable, tokens), nodes) for tokens, nodes in there)
-        known, path = max(found, default=(0, []))
-        path = path[:known]
-
-        more = keep - known
+        known, path = self._in_the_pool(shareable)
+        more = self._shared_with_others(prompt, shareable) - known
         if more >= fewest and self.end + more <= self.limit:
             path = path + list(range(self.end, self.end + more))
             self.end += more
-            insort(self.kept, (prompt[:keep], path))
+            insort(self.kept, (prompt[: len(path)], path))
         return known, path
+
+    # of a list in lexical order, what shares most with a prompt is a neighbour of it
+    def _in_the_pool(self, shareable: list[int]) -> tuple[int, list[int]]:
+        """How many first tokens are kept already, and their nodes."""
+        place = bisect_left(self.kept, (shareable,))
+        neighbours = self.kept[max(place - 1, 0) : place + 1]
+        found = ((common(shareable, tokens), nodes) for tokens, nodes in neighbours)
+        known, path = max(found, default=(0, []))
+        return known, path[:known]
+
+    def _shared_with_others(self, prompt: list[int], shareable: list[int]) -> int:
+        """How many first tokens another prompt of these weights has as well."""
+        place = bisect_left(self.prompts, prompt)
+        neighbours = self.prompts[max(place - 1, 0) : place] + self.prompts[place + 1 : place + 2]
+        return max((common(shareable, other) for other in neighbours), default=0)
 
 
 class Sampler:
@@ -371,7 +377,8 @@ class Sampler:
         # paths that begin alike become neighbours
         taken.sort(key=lambda row: row[0])
 
-        # a path's new nodes are those that neither an earlier pass nor an earlier path prefills
+        # a path's new nodes are those that neither an earlier pass nor an earlier path prefills:
+        # of the new prompts "abx" (path 0 1 2) and "aby" (path 0 1 3) the tokens a b x y pass
         paths: list[tuple[int, list[int]]] = []
         ids: list[int] = []
         positions: list[int] = []
@@ -414,7 +421,7 @@ class Sampler:
             self.count[slot] = 0
             self.limit[slot] = len(uniforms)
             self.running[slot] = True
-            known, path = self.prefixes.find(prompt, self.SHARE)
+            known, path = self.prefixes.find_or_reserve(prompt, self.SHARE)
             taken.append((path, prompt, slot))
             budget -= len(prompt) - known
         return taken
