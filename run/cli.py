@@ -352,11 +352,11 @@ def remind(config: Config) -> None:
             was = begun.get(name)
             now = getattr(config, name)
             if type(was) is str and not same_path(was, now):
-                print(
+                note = (
                     f"note: {config.model} was trained with --{name} {was or 'none'}, "
-                    f"and is used with {now or 'none'}",
-                    file=sys.stderr,
+                    f"and is used with {now or 'none'}"
                 )
+                print(printable(note), file=sys.stderr)
 
 
 def same_path(a: str, b: str) -> bool:
@@ -370,7 +370,7 @@ def run_merge(adapter: str, out: str, config: Config) -> str:
     if not lora_layers(model):
         raise InputError(f"{adapter}: holds no adapter")
     save_new(merged(model), tokenizer, out)
-    return f"{out}: {adapter} merged, in {config.dtype}"
+    return f"{out}: {adapter} merged, in {str(model.head.dtype).removeprefix('torch.')}"
 
 
 def run_imitate(task: Task, config: Config) -> str:

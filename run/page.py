@@ -31,6 +31,7 @@ import torch
 
 import mmgrpo
 from program import Call, InputError, ProgramError, Task, ToolCall, Trajectory
+from prompts.files import write_whole
 from run.config import Config
 from run.figures import ParityError, measure
 from run.health import StoppedError
@@ -458,7 +459,7 @@ def write_page(
         example["about"] = [(name, shorten(value)) for name, value in entries]
     title = f"step {index + 1} of {run}"
     summary = figures(step, metrics, digest)
-    Path(file).write_text(page({"title": title, "figures": summary} | told), encoding="utf-8")
+    write_whole(file, page({"title": title, "figures": summary} | told))
     return f"{file}: {title}, {len(step.trajectories)} runs, {summary[1][0]} {summary[1][1]}"
 
 

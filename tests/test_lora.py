@@ -259,7 +259,7 @@ def train_tiny(tokenizer, config, out, stop_after_a_step) -> M.Transformer:
     return model
 
 
-def test_a_run_with_lora_is_saved_resumed_and_loaded(tokenizer, tmp_path):
+def test_a_run_with_lora_is_saved_resumed_and_loaded(tokenizer, tmp_path, capsys):
     """Interrupted after a step it ends with the adapter of one left in peace, bit for bit.
 
     Its folder is a model for eval, no model for training, and can be merged.
@@ -283,6 +283,7 @@ def test_a_run_with_lora_is_saved_resumed_and_loaded(tokenizer, tmp_path):
 
     merge = ["merge", str(last), str(tmp_path / "merged")]
     assert cli.main(merge) == 0
+    assert "merged, in float32" in capsys.readouterr().out
     # it is there already
     assert cli.main(merge) == 2
     whole, _ = M.load_pretrained(tmp_path / "merged")

@@ -609,6 +609,14 @@ def test_a_folder_that_no_run_has_left_is_not_trained_in(run, name):
     assert [path.name for path in run.folder.iterdir()] == [name]
 
 
+def test_the_options_of_a_foreign_run_never_steer_a_terminal(run):
+    (run.home / "config.json").write_text(json.dumps({"task": "\x1b[2Jgone"}))
+    ran = run("eval")
+    assert ran.code == 0
+    assert "was trained with --task \\x1b[2Jgone" in ran.error
+    assert "\x1b[" not in ran.error.split("note:")[1]
+
+
 def test_a_full_disk_is_said_in_a_sentence(run, monkeypatch):
     def full(*_, **__):
         raise M.safetensors.SafetensorError("No space left on device")
