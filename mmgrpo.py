@@ -200,7 +200,8 @@ def capture(step: Callable[[], None]) -> Callable[[], None]:
 class PrefixPool:
     """Which prefix lies where in the cache's pool, a forest with one node a token.
 
-    What two prompts share is kept from the second one on, until the weights change.
+    What two prompts share is kept from the second one on, until the weights change. Both lists are
+    in lexical order, so that what shares most with a prompt is a neighbour of it.
     """
 
     def __init__(self, limit: int):
@@ -210,9 +211,9 @@ class PrefixPool:
 
     def clear(self, prompts: list[list[int]]) -> None:
         """Forget all nodes; `prompts` are those that still wait."""
-        # all prompts of these weights, in lexical order
+        # all prompts of these weights
         self.prompts = sorted(prompts)
-        # what is kept, (tokens, nodes), in lexical order
+        # what is kept, (tokens, nodes)
         self.kept: list[tuple[list[int], list[int]]] = []
         # where the next nodes go
         self.end = 0
@@ -232,14 +233,13 @@ class PrefixPool:
         # the last token is never shared, for its state gives the sample
         shareable = prompt[:-1]
         known, path = self._in_the_pool(shareable)
-        more = self._shared_with_others(prompt, shareable) - known
+        more = min(self._shared_with_others(prompt), len(shareable)) - known
         if more >= fewest and self.end + more <= self.limit:
             path = path + list(range(self.end, self.end + more))
             self.end += more
             insort(self.kept, (prompt[: len(path)], path))
         return known, path
 
-    # of a list in lexical order, what shares most with a prompt is a neighbour of it
     def _in_the_pool(self, shareable: list[int]) -> tuple[int, list[int]]:
         """How many first tokens are kept already, and their nodes."""
         place = bisect_left(self.kept, (shareable,))
@@ -248,11 +248,11 @@ class PrefixPool:
         known, path = max(found, default=(0, []))
         return known, path[:known]
 
-    def _shared_with_others(self, prompt: list[int], shareable: list[int]) -> int:
+    def _shared_with_others(self, prompt: list[int]) -> int:
         """How many first tokens another prompt of these weights has as well."""
         place = bisect_left(self.prompts, prompt)
         neighbours = self.prompts[max(place - 1, 0) : place] + self.prompts[place + 1 : place + 2]
-        return max((common(shareable, other) for other in neighbours), default=0)
+        return max((common(prompt, other) for other in neighbours), default=0)
 
 
 class Sampler:

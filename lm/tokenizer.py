@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import chain
 from pathlib import Path
 
 import jinja2
@@ -78,8 +79,8 @@ def sandbox(special: dict) -> jinja2.Environment:
 
 def _unused_character(texts: list[str]) -> str:
     """One of Unicode's private characters that none of the texts has."""
-    candidates = map(chr, (*range(0xE000, 0xF8FF), *range(0xF0000, 0x10FFFE)))
-    return next(c for c in candidates if not any(c in text for text in texts))
+    candidates = chain(range(0xE000, 0xF8FF), range(0xF0000, 0x10FFFE))
+    return next(c for c in map(chr, candidates) if not any(c in text for text in texts))
 
 
 class Tokenizer:

@@ -113,10 +113,11 @@ def imitate(
     """Train the weights in place on --imitated examples for --imitation-steps steps.
 
     Each step takes --examples of them, epoch after epoch in an order of the seed. The temperature
-    is 1: it is the LM's own distribution that follows the demonstrations. Returns the surprise of
-    each step before its update and that after the last one, mean -log p of a demonstrated token in
-    nats, and how many examples there were. Raises InputError where the training examples show no whole calls, and
-    FloatingPointError where the training diverges.
+    is 1: it is the LM's own distribution that follows the demonstrations.
+
+    Returns the surprise before each step and after the last one, mean -log p of a demonstrated
+    token in nats, and how many examples there were. Raises InputError where the training examples
+    show no whole calls, and FloatingPointError where the training diverges.
     """
     config = dataclasses.replace(config, temperature=1.0, correction="none", beta=0.0)
     # what the prompts show could be copied
@@ -130,6 +131,7 @@ def imitate(
     optimizer, _ = prepare(model, config)
     [group] = optimizer.param_groups
     surprises = []
+    # in the last round the LM is looked at, and not trained any more
     for step in range(config.imitation_steps + 1):
         batch = batch_of(step, config.examples, len(calls), config.seed)
         rows = rows_of([call for i in batch for call in calls[i]], model, tokenizer, config)

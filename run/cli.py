@@ -275,11 +275,8 @@ def run_replay(folder: str, step: str, config: Config) -> str:
 # ----------------------------------------------------------------------- a checkpoint that is there
 def run_eval(task: Task, config: Config) -> str:
     """Score a checkpoint on a split, sampled and greedily, with how the runs ended."""
-    if config.out and (Path(config.out).is_dir() or not Path(config.out).parent.is_dir()):
-        raise InputError(
-            f"--out {config.out}: expected the name of a file, in a folder that is there"
-        )
-    check_scores(config.out)
+    if config.out:
+        check_scores(config.out)
     remind(config)
     demonstrate(task, config)
     model, tokenizer = load_model(config)
@@ -306,10 +303,13 @@ def run_eval(task: Task, config: Config) -> str:
 
 
 def check_scores(out: str) -> None:
-    """Raise InputError where --out is a file that `eval` has not written: it would be lost."""
+    """Raise InputError where `eval` cannot write to --out, or what is there would be lost."""
     file = Path(out)
-    if not out or not file.exists():
+    if file.is_dir() or not file.parent.is_dir():
+        raise InputError(f"--out {out}: expected the name of a file, in a folder that is there")
+    if not file.exists():
         return
+    # neither a device nor a file that `eval` has not written
     if not file.is_file() or read_json(file).keys() != {"sampled", "greedy"}:
         raise InputError(f"--out {out}: is there already, and has no scores of `eval`")
 

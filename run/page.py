@@ -339,7 +339,9 @@ def check_file(file: str) -> None:
     """Raises InputError where there is no such file to be written."""
     if Path(file).is_dir() or not Path(file).absolute().parent.is_dir():
         raise InputError(f"--html {file}: expected the name of a file, in a folder that is there")
-    if Path(file).is_file() and not Path(file).read_bytes().startswith(b"<!"):
+    is_page = Path(file).is_file() and Path(file).read_bytes().startswith(b"<!")
+    # a device, too, would be replaced
+    if Path(file).exists() and not is_page:
         raise InputError(f"--html {file}: is there, and no page; another name leaves it as it is")
 
 

@@ -1,10 +1,11 @@
 """A training run on disk: one that was killed goes on to the same weights, bit for bit.
 
-A state has the fp32 weights that are trained (of a LoRA, the adapter), AdamW's moments, the step, the dev scores so far and the options. With
-metrics.jsonl, whose lines decide on a warm start and on patience, the LM and the task it began with,
-that is everything that the next step depends on. Randomness and data order need nothing saved: they are functions of the seed and
-the step. It is written to a temporary folder, flushed to the disk and
-renamed, so that a folder with its name is whole; the last two are kept.
+A state has the fp32 weights that are trained (of a LoRA, the adapter), AdamW's moments, the step,
+the dev scores so far and the options. With metrics.jsonl, whose lines decide on a warm start and on
+patience, and the LM and the task that the options name, that is everything that the next step
+depends on. Randomness and data order need nothing saved: they are functions of the seed and the
+step. A state is written to a temporary folder, flushed to the disk and renamed, so that a folder
+with its name is whole; the last two are kept.
 """
 
 from __future__ import annotations

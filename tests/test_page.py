@@ -575,16 +575,21 @@ def test_show_writes_the_page_of_a_step(folder, tmp_path, capsys):
             "FOLDER/none/page.html: expected the name of",
         ),
         (["show", "RUN", "2", "--html", "FOLDER"], "--html FOLDER: expected the name of a file"),
+        (["show", "RUN", "2", "--html", "DEVICE"], "--html DEVICE: is there, and no page"),
         (["show", "RUN", "3", "--html", "FILE"], "step 3: the run has steps 1 to 2"),
         (["show", "FOLDER", "1", "--html", "FILE"], "FOLDER: holds no run"),
     ],
 )
 def test_a_mistaken_use_is_named(folder, tmp_path, capsys, arguments, says):
     (tmp_path / "there").mkdir()
+    # by a link: a link is all that a broken check would replace
+    device = tmp_path / "device"
+    device.symlink_to("/dev/null")
     names = {"RUN": folder, "FILE": tmp_path / "page.html", "FOLDER": tmp_path / "there"}
+    names["DEVICE"] = device
 
     def filled(text):
-        return re.sub("RUN|FILE|FOLDER", lambda name: str(names[name[0]]), text)
+        return re.sub("RUN|FILE|FOLDER|DEVICE", lambda name: str(names[name[0]]), text)
 
     try:
         code = cli.main([filled(a) for a in arguments])
@@ -593,6 +598,7 @@ def test_a_mistaken_use_is_named(folder, tmp_path, capsys, arguments, says):
     told = capsys.readouterr().err.splitlines()[-1]
     assert code == 2 and (says if "show RUN" in says else filled(says)) in told
     assert not (tmp_path / "page.html").exists()
+    assert device.is_symlink()
 
 
 # -------------------------------------------------------------------------------------- in a browser
